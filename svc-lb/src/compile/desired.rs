@@ -1,0 +1,99 @@
+//! What one Service wants programmed: logical tables, free of ids and of map layouts.
+//!
+//! `compile` makes these, `plan` diffs them against what is programmed and gives them ids.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::Serialize;
+use svc_lb_common::{Family, Protocol};
+
+/// Names one port of one Service in one address family: the unit of selection, of affinity
+/// (SEMANTICS F2) and of counters, whichever frontend a client uses.
+///
+/// A port is known by its *name* as in kube-proxy, so that renumbering it keeps its identity.
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct PortKey {
+    /// Namespace of the Service.
+    pub namespace: String,
+    /// Name of the Service.
+    pub service: String,
+    /// Name of the port; empty where a single port has none.
+    pub port_name: String,
+    /// Transport protocol of the port.
+    pub protocol: Protocol,
+    /// Address family of the frontends and of the backends.
+    pub family: Family,
+}
+
+/// The address of a frontend.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FrontendAddress {
+    /// Any address of this node that serves NodePorts.
+    Node,
+    /// One address.
+    Ip(IpAddr),
+}
+
+/// What kind of address a client used; decides which policy and which endpoint set apply.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum FrontendKind {
+    /// `spec.clusterIPs`: internalTrafficPolicy applies.
+    ClusterIp,
+    /// `spec.ports[].nodePort`: externalTrafficPolicy applies.
+    NodePort,
+    /// `status.loadBalancer.ingress[].ip`: externalTrafficPolicy and source ranges apply.
+    LoadBalancer,
+    /// `spec.externalIPs`: externalTrafficPolicy applies.
+    ExternalIp,
+}
+
+/// An address, protocol (the port's own) and port that clients use.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct Frontend {
+    /// Where.
+    pub address: FrontendAddress,
+    /// Port, host byte order.
+    pub port: u16,
+    /// What it is.
+    pub kind: FrontendKind,
+}
+
+/// One endpoint as a backend of one service port.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct Backend {
+    /// Address and port of the endpoint.
+    pub address: SocketAddr,
+    /// New flows of the Cluster set may pick it.
+    pub in_cluster: bool,
+    /// New flows of the Local set may pick it.
+    pub in_local: bool,
+    /// Serving, in whichever set or none: a UDP flow may stay on it (SEMANTICS G1).
+    pub serving: bool,
+    /// On this node.
+    pub local: bool,
+}
+
+/// Everything programmed for one service port in one family.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct DesiredPort {
+    /// Whose.
+    pub key: PortKey,
+    /// Sorted, unique by address and port.
+    pub frontends: Vec<Frontend>,
+    /// Sorted by address, unique.
+    pub backends: Vec<Backend>,
+    /// ClusterIP clients pick from the Local set (internalTrafficPolicy: Local).
+    pub internal_local: bool,
+    /// Outside clients pick from the Local set (externalTrafficPolicy: Local).
+    pub external_local: bool,
+    /// Some endpoint in the cluster is ready or serving: an empty set then means silence, not
+    /// rejection (SEMANTICS 1.1, `hasAny`).
+    pub has_any: bool,
+    /// sessionAffinity ClientIP, with its timeout in seconds.
+    pub affinity_seconds: Option<u32>,
+    /// loadBalancerSourceRanges of this family; empty admits everyone.
+    pub source_ranges: Vec<IpNet>,
+}

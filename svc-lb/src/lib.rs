@@ -1,0 +1,4 @@
+//! The svc-lb agent: keeps the BPF maps of one node equal to what the controller's stream says.
+
+pub mod compile;
+pub mod model;
