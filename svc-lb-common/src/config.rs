@@ -1,0 +1,68 @@
+//! What is fixed when the programs are loaded: one frozen global, so that the verifier removes
+//! the branches a node does not use.
+
+use crate::layout::record;
+use crate::{Addr4, Addr6};
+
+record! {
+    /// The programs' settings. Changing one means loading the programs again and replacing the
+    /// attached ones through their links; maps and flows stay.
+    pub struct Config = 80 {
+        /// The node's secret: mixed into selection, port search and nothing that leaves the node.
+        pub seed: u64,
+        /// IPv4 service CIDR: network address.
+        pub service_net4: Addr4,
+        /// IPv4 service CIDR: netmask; 0 where the node has none.
+        pub service_mask4: Addr4,
+        /// IPv6 service CIDR: network address.
+        pub service_net6: Addr6,
+        /// IPv6 service CIDR: netmask; 0 where the node has none.
+        pub service_mask6: Addr6,
+        /// Bits of [`config`](self).
+        pub bits: u32,
+        /// Size of the `guard` array in words, a power of two.
+        pub guard_words: u32,
+        /// First port of the range that translated source ports come from, host byte order.
+        pub snat_first: u16,
+        /// Last port of that range, host byte order.
+        pub snat_last: u16,
+        /// Jiffies per second (the kernel's CONFIG_HZ), which only the agent can measure.
+        pub hz: u32,
+        /// Generated packets (ICMP errors) per second and CPU.
+        pub generate_rate: u32,
+        /// Generated packets that a CPU may send at once after a pause.
+        pub generate_burst: u32,
+        /// Zero.
+        pub reserved: [u32; 2],
+    }
+}
+
+/// Answer packets for an undefined port of a live ClusterIP with a reject.
+pub const REJECT_UNDEFINED_PORT: u32 = 1 << 0;
+/// Drop packets to an unallocated address of the service CIDR.
+pub const DROP_UNALLOCATED: u32 = 1 << 1;
+/// Meet outside clients of a Local service without local endpoint with a reject, not silence.
+pub const REJECT_NO_LOCAL: u32 = 1 << 2;
+/// The kernel knows BPF_F_IPV6 of bpf_l4_csum_replace (6.16, ead7f9b8de65632ef8060b84b0c55049a33cfea1).
+pub const CSUM_IPV6: u32 = 1 << 3;
+/// aya-log diagnostics, switched on by the operator.
+pub const DIAGNOSTICS: u32 = 1 << 4;
+
+impl Config {
+    /// The settings of a node that was told nothing.
+    pub const DEFAULT: Self = Self {
+        seed: 0,
+        service_net4: Addr4(0),
+        service_mask4: Addr4(0),
+        service_net6: Addr6([0; 4]),
+        service_mask6: Addr6([0; 4]),
+        bits: REJECT_UNDEFINED_PORT | DROP_UNALLOCATED,
+        guard_words: crate::limits::GUARD_WORDS,
+        snat_first: 61_000,
+        snat_last: 65_535,
+        hz: 100,
+        generate_rate: 1_000,
+        generate_burst: 1_000,
+        reserved: [0; 2],
+    };
+}

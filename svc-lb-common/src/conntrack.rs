@@ -1,0 +1,165 @@
+//! Flow entries of the `opening` and `established` maps.
+
+use crate::hash::{M1, M2, M3};
+use crate::layout::record;
+use crate::{Address, Be16};
+
+/// The entry matches packets that come in at an edge: a client's, and the answers of a hairpin.
+pub const INBOUND: u8 = 0;
+/// The entry matches packets that leave through an edge: a backend's answers.
+pub const OUTBOUND: u8 = 1;
+
+record! {
+    /// Key of a flow entry: the packet's tuple *before* translation and where it is met.
+    ///
+    /// The forward entry's key holds the frontend, so that two frontends of one backend never
+    /// share an entry (SEMANTICS C15).
+    pub struct FlowKey<A> = (16, 40) {
+        /// Source address.
+        pub source: A,
+        /// Destination address.
+        pub destination: A,
+        /// Source port.
+        pub source_port: Be16,
+        /// Destination port.
+        pub destination_port: Be16,
+        /// IANA protocol number.
+        pub protocol: u8,
+        /// [`INBOUND`] or [`OUTBOUND`].
+        pub direction: u8,
+        /// Zero.
+        pub reserved: [u8; 2],
+    }
+}
+
+record! {
+    /// Value of a flow entry: the whole translation. Only `state` and `seen` change after insert.
+    pub struct Flow<A> = (36, 60) {
+        /// [`Flow::expected_check`] of the key and of everything that does not change.
+        pub check: u32,
+        /// Source address after translation.
+        pub source: A,
+        /// Destination address after translation.
+        pub destination: A,
+        /// Source port after translation.
+        pub source_port: Be16,
+        /// Destination port after translation.
+        pub destination_port: Be16,
+        /// Backend id.
+        pub backend: u32,
+        /// Index of the service.
+        pub service: u32,
+        /// The backend's generation when the flow was opened.
+        pub generation: u16,
+        /// Traits of the flow that never change: see [`flow`].
+        pub traits: u16,
+        /// State bits; see [`state`].
+        pub state: u32,
+        /// Low 32 bits of jiffies when a packet last matched, one second coarse.
+        pub seen: u32,
+    }
+}
+
+/// Traits of a flow, fixed when it is opened.
+pub mod flow {
+    /// This entry matches the backend's answers, not the client's packets.
+    pub const REVERSE: u16 = 1 << 0;
+    /// The client is its own backend: turned around at the edge by redirect.
+    pub const HAIRPIN: u16 = 1 << 1;
+    /// The client's edge is a port of a bridge: try to stay at layer 2.
+    pub const BRIDGED: u16 = 1 << 2;
+    /// No service: a direct connection to a backend whose tuple was taken.
+    pub const DIRECT: u16 = 1 << 3;
+}
+
+/// State bits of a flow; each entry of a pair has its own copy.
+pub mod state {
+    /// The backend has answered.
+    pub const ANSWERED: u32 = 1 << 0;
+    /// The client has sent FIN.
+    pub const CLIENT_FIN: u32 = 1 << 1;
+    /// The backend has sent FIN.
+    pub const BACKEND_FIN: u32 = 1 << 2;
+    /// Either side has sent RST.
+    pub const RESET: u32 = 1 << 3;
+
+    /// Whether a TCP connection with these bits is over, so that a SYN may open the next one.
+    #[must_use]
+    #[inline(always)]
+    pub const fn closed(bits: u32) -> bool {
+        bits & RESET != 0 || bits & (CLIENT_FIN | BACKEND_FIN) == CLIENT_FIN | BACKEND_FIN
+    }
+}
+
+impl<A: Address> FlowKey<A> {
+    /// A key.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(
+        source: A,
+        destination: A,
+        source_port: Be16,
+        destination_port: Be16,
+        protocol: u8,
+        direction: u8,
+    ) -> Self {
+        Self {
+            source,
+            destination,
+            source_port,
+            destination_port,
+            protocol,
+            direction,
+            reserved: [0; 2],
+        }
+    }
+
+    #[inline(always)]
+    fn ports(&self) -> u64 {
+        self.source_port.0 as u64
+            | (self.destination_port.0 as u64) << 16
+            | (self.protocol as u64) << 32
+            | (self.direction as u64) << 40
+    }
+}
+
+impl<A: Address> Flow<A> {
+    /// The check word that belongs to `key` and to this value's unchanging fields.
+    ///
+    /// The kernel reuses freed map elements at once, so a value pointer may show somebody
+    /// else's entry, or half of one and half of another. A reader copies the value and treats
+    /// a check that is not the expected one as a miss. Each 64-bit word has its own odd
+    /// multiplier, so a torn copy passes with a chance of 2^-32.
+    #[must_use]
+    #[inline(always)]
+    pub fn expected_check(&self, key: &FlowKey<A>) -> u32 {
+        let ports = self.source_port.0 as u64
+            | (self.destination_port.0 as u64) << 16
+            | (self.service as u64) << 32;
+        let identity =
+            self.backend as u64 | (self.generation as u64) << 32 | (self.traits as u64) << 48;
+        let sum = (key.source.fold().wrapping_mul(M1))
+            .wrapping_add(key.destination.fold().wrapping_mul(M2))
+            .wrapping_add(key.ports().wrapping_mul(M3))
+            .wrapping_add(self.source.fold().wrapping_mul((M1 ^ M2) | 1))
+            .wrapping_add(self.destination.fold().wrapping_mul((M2 ^ M3) | 1))
+            .wrapping_add(ports.wrapping_mul((M1 ^ M3) | 1))
+            .wrapping_add(identity.wrapping_mul(M1 ^ M2 ^ M3));
+        (sum >> 32) as u32 ^ sum as u32
+    }
+
+    /// The value with its check word set for `key`.
+    #[must_use]
+    #[inline(always)]
+    pub fn sealed(mut self, key: &FlowKey<A>) -> Self {
+        self.check = self.expected_check(key);
+        self
+    }
+
+    /// Whether this copy really is `key`'s value.
+    #[must_use]
+    #[inline(always)]
+    pub fn belongs_to(&self, key: &FlowKey<A>) -> bool {
+        self.check == self.expected_check(key)
+    }
+}

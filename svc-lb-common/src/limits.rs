@@ -1,0 +1,89 @@
+//! Map names, default sizes and the version of the layout.
+
+/// Version of every record in this crate. Pins of another version are not adopted. Raise it with
+/// any change of a record, a map's kind or the meaning of a field.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// `guard`: 2^20 addresses in 512 KiB.
+pub const GUARD_WORDS: u32 = 1 << 16;
+/// `frontends4`, `frontends6`: addresses times ports of 10,000 services with room to spare.
+pub const FRONTENDS: u32 = 65_536;
+/// `services`: service ports of both families.
+pub const SERVICES: u32 = 65_536;
+/// `slots`, in words of [`crate::service::SLOTS_PER_WORD`]: twice 100,000 endpoints in two sets,
+/// for both the old and the new range of a service while it is republished.
+pub const SLOT_WORDS: u32 = 262_144;
+/// `backends4`, `backends6`.
+pub const BACKENDS: u32 = 262_144;
+/// `opening4`, `opening6`: entries; a flow has two. Default for small machines, see
+/// `svc_lb::dataplane`.
+pub const OPENING: u32 = 131_072;
+/// `established4`, `established6`: entries; a flow has two.
+pub const ESTABLISHED: u32 = 524_288;
+/// `affinity4`, `affinity6`: clients times affine service ports (Calico's default is the same).
+pub const AFFINITY: u32 = 65_536;
+/// `source_ranges4`, `source_ranges6`: prefixes.
+pub const SOURCE_RANGES: u32 = 65_536;
+/// `edges`: interfaces.
+pub const EDGES: u32 = 4_096;
+
+/// Names of the maps; at most 15 characters, the kernel cuts the rest.
+pub mod name {
+    /// Hash of address to hint bits; `guard` module.
+    pub const GUARD: &str = "guard";
+    /// Bitmap of NodePorts.
+    pub const GUARD_PORT: &str = "guard_port";
+    /// Frontends by family.
+    pub const FRONTENDS: [&str; 2] = ["frontends4", "frontends6"];
+    /// Services, both families.
+    pub const SERVICES: &str = "services";
+    /// Backend ids, both families.
+    pub const SLOTS: &str = "slots";
+    /// Backends by family.
+    pub const BACKENDS: [&str; 2] = ["backends4", "backends6"];
+    /// Flows the backend has not answered or the client has not confirmed.
+    pub const OPENING: [&str; 2] = ["opening4", "opening6"];
+    /// Flows with traffic both ways.
+    pub const ESTABLISHED: [&str; 2] = ["established4", "established6"];
+    /// Session affinity by family.
+    pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
+    /// Edges by interface index.
+    pub const EDGES: &str = "edges";
+    /// Packets by hook and outcome.
+    pub const COUNTERS: &str = "counters";
+    /// Token bucket of generated packets.
+    pub const BUCKET: &str = "bucket";
+
+    /// Every map that outlives the agent, in pin order.
+    pub const PINNED: [&str; 18] = [
+        GUARD,
+        GUARD_PORT,
+        FRONTENDS[0],
+        FRONTENDS[1],
+        SERVICES,
+        SLOTS,
+        BACKENDS[0],
+        BACKENDS[1],
+        OPENING[0],
+        OPENING[1],
+        ESTABLISHED[0],
+        ESTABLISHED[1],
+        AFFINITY[0],
+        AFFINITY[1],
+        EDGES,
+        COUNTERS,
+        BUCKET,
+        SCRATCH,
+    ];
+
+    /// Per-CPU working memory of the programs.
+    pub const SCRATCH: &str = "scratch";
+
+    const _: () = {
+        let mut i = 0;
+        while i < PINNED.len() {
+            assert!(PINNED[i].len() <= 15);
+            i += 1;
+        }
+    };
+}

@@ -1,0 +1,206 @@
+//! The numbered list of what can become of a packet.
+
+/// Whether a packet goes on.
+#[derive(Clone, Copy, Eq, PartialEq)]
+#[cfg_attr(feature = "user", derive(Debug, serde::Serialize))]
+#[cfg_attr(feature = "user", serde(rename_all = "lowercase"))]
+pub enum Fate {
+    /// It goes on, changed or not.
+    Pass,
+    /// It ends here.
+    Drop,
+}
+
+macro_rules! outcomes {
+    ($( $(#[doc = $doc:literal])+ $variant:ident = $number:literal, $name:literal, $fate:ident; )*) => {
+        /// What became of a packet. The number is the counter's index and never reused; the name
+        /// is the metric's label.
+        #[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
+        #[cfg_attr(feature = "user", derive(Debug))]
+        #[repr(u32)]
+        pub enum Outcome {
+            $( $(#[doc = $doc])+ $variant = $number, )*
+        }
+
+        impl Outcome {
+            /// All of them, by number.
+            pub const ALL: &[Self] = &[$( Self::$variant, )*];
+
+            /// The metric's label.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $( Self::$variant => $name, )* }
+            }
+
+            /// Whether the packet goes on.
+            #[must_use]
+            #[inline(always)]
+            pub const fn fate(self) -> Fate {
+                match self { $( Self::$variant => Fate::$fate, )* }
+            }
+
+            /// One sentence for people.
+            #[must_use]
+            pub const fn explanation(self) -> &'static str {
+                match self { $( Self::$variant => concat!($( $doc, )+).trim_ascii(), )* }
+            }
+        }
+    };
+}
+
+outcomes! {
+    /// Neither a frontend's nor a backend's: left alone, and the only outcome that is not counted.
+    NotOurs = 0, "not_ours", Pass;
+    /// Not IPv4 or IPv6, or an unknown link-layer header.
+    NotIp = 1, "not_ip", Pass;
+    /// Cut short or malformed: an IP or transport header does not fit or contradicts itself.
+    Malformed = 2, "malformed", Pass;
+    /// A protocol other than TCP and UDP, to or from an address of ours.
+    OtherProtocol = 3, "other_protocol", Pass;
+    /// The address may be ours by its hash, but no frontend or flow matches.
+    NoFrontend = 4, "no_frontend", Pass;
+    /// A VLAN tag that the kernel has taken off, or more than two tags.
+    Vlan = 5, "vlan", Pass;
+    /// Translated along an established flow, by the client.
+    Forward = 6, "forward", Pass;
+    /// Translated along a flow that is still opening, by the client.
+    ForwardOpening = 7, "forward_opening", Pass;
+    /// Opened a flow and translated its first packet.
+    Open = 8, "open", Pass;
+    /// A backend's answer, translated back.
+    Reverse = 9, "reverse", Pass;
+    /// A pod reached itself: turned around at its edge.
+    Hairpin = 10, "hairpin", Pass;
+    /// A pod's own answer to itself, turned around at its edge.
+    HairpinReverse = 11, "hairpin_reverse", Pass;
+    /// Rejected: an ICMP error (port unreachable, or IPv6 type 1 code 4) went back in its place.
+    Rejected = 12, "rejected", Pass;
+    /// Would have been rejected, but the limit of generated packets is used up.
+    RejectLimited = 13, "reject_limited", Drop;
+    /// Nothing may be sent in answer (RFC 1122 3.2.2): dropped in silence.
+    RejectSilent = 14, "reject_silent", Drop;
+    /// A Local policy without a local endpoint, while other nodes have some.
+    NoLocalEndpoint = 15, "no_local_endpoint", Drop;
+    /// An address of the service CIDR that belongs to no Service.
+    Unallocated = 16, "unallocated", Drop;
+    /// Left the node still addressed to a ClusterIP.
+    Untranslated = 17, "untranslated", Drop;
+    /// A fragment to or from an address of ours; they are not tracked yet.
+    Fragment = 18, "fragment", Drop;
+    /// No free source port for a flow whose translated tuple is taken.
+    PortsExhausted = 19, "ports_exhausted", Drop;
+    /// The flow could not be entered in the map (no memory).
+    FlowInsert = 20, "flow_insert", Drop;
+    /// A TTL or hop limit that ends here, where we forward.
+    TtlExceeded = 21, "ttl_exceeded", Drop;
+    /// The kernel refused to change the packet.
+    RewriteFailed = 22, "rewrite_failed", Drop;
+    /// The service named a backend or a slot that is not there: a bug or a damaged map.
+    BadBackend = 23, "bad_backend", Drop;
+    /// Not admitted by loadBalancerSourceRanges.
+    SourceRange = 24, "source_range", Drop;
+}
+
+/// Number of outcomes.
+pub const OUTCOMES: u32 = Outcome::ALL.len() as u32;
+
+/// Where a packet is met; the counter's row.
+#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "user", derive(Debug))]
+#[repr(u32)]
+pub enum Hook {
+    /// XDP on an uplink.
+    XdpIngress = 0,
+    /// tc ingress of an edge.
+    TcIngress = 1,
+    /// tc egress of an edge.
+    TcEgress = 2,
+}
+
+impl Hook {
+    /// All of them, by number.
+    pub const ALL: &[Self] = &[Self::XdpIngress, Self::TcIngress, Self::TcEgress];
+
+    /// The program's and the metric's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::XdpIngress => "xdp_ingress",
+            Self::TcIngress => "tc_ingress",
+            Self::TcEgress => "tc_egress",
+        }
+    }
+}
+
+/// Number of hooks.
+pub const HOOKS: u32 = Hook::ALL.len() as u32;
+
+/// Events that are not a packet's fate; they have their own rows after the outcomes' in the same
+/// counters array, one for all hooks.
+#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "user", derive(Debug))]
+#[repr(u32)]
+pub enum Event {
+    /// A flow's source port was translated because its tuple behind the frontend was taken.
+    PortTranslated = 0,
+    /// A flow moved from `opening` to `established`.
+    Promoted = 1,
+    /// A UDP flow moved because its backend no longer serves (SEMANTICS G1).
+    Moved = 2,
+    /// A value's check word was not its key's: another CPU had reused the element.
+    CheckMismatch = 3,
+    /// A direct connection to a backend took the tuple of a live flow after its SYN had passed:
+    /// the order that cannot be detected beforehand.
+    Clash = 4,
+}
+
+impl Event {
+    /// All of them, by number.
+    pub const ALL: &[Self] = &[
+        Self::PortTranslated,
+        Self::Promoted,
+        Self::Moved,
+        Self::CheckMismatch,
+        Self::Clash,
+    ];
+
+    /// The metric's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PortTranslated => "port_translated",
+            Self::Promoted => "promoted",
+            Self::Moved => "moved",
+            Self::CheckMismatch => "check_mismatch",
+            Self::Clash => "clash",
+        }
+    }
+
+    /// Index into the counters array.
+    #[must_use]
+    #[inline(always)]
+    pub const fn index(self) -> u32 {
+        HOOKS * OUTCOMES + self as u32
+    }
+}
+
+/// Entries of the counters array: hook by outcome, then the events.
+pub const COUNTERS: u32 = HOOKS * OUTCOMES + Event::ALL.len() as u32;
+
+/// Index of a counter: per-CPU u64, packets.
+#[must_use]
+#[inline(always)]
+pub const fn counter(hook: Hook, outcome: Outcome) -> u32 {
+    hook as u32 * OUTCOMES + outcome as u32
+}
+
+const _: () = {
+    let mut i = 0;
+    while i < Outcome::ALL.len() {
+        assert!(
+            Outcome::ALL[i] as usize == i,
+            "outcomes are numbered without gaps, in order"
+        );
+        i += 1;
+    }
+};
