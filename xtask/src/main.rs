@@ -1,1 +1,63 @@
-fn main() {}
+//! Everything one does with this repository, as commands: `cargo xtask --help`.
+//!
+//! One file per command. Each command first runs what it needs of `setup`, so that a fresh machine needs no
+//! preparation beyond rustup, a C compiler and apt.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+
+mod apt;
+mod build;
+mod elf_gate;
+mod proc;
+mod setup;
+
+/// Build, test and try svc-lb.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Setup(setup::Args),
+    Build(build::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<()> {
+    let root = project_root()?;
+    env::set_current_dir(&root).with_context(|| format!("enter {}", root.display()))?;
+    match command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Build(args) => build::run(&args),
+    }
+}
+
+/// The directory of the workspace's `Cargo.toml`.
+fn project_root() -> Result<PathBuf> {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map(Path::to_path_buf)
+        .context("xtask's own directory has no parent")
+}

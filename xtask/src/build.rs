@@ -1,0 +1,112 @@
+//! `cargo xtask build`: the BPF object, checked, and the agent with it inside.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::setup::{self, Need};
+use crate::{elf_gate, proc};
+
+/// Where the checked object lies. `svc-lb/build.rs` looks for it there, also in a plain `cargo build`.
+pub(crate) const BPF_OBJECT: &str = "target/bpf/svc-lb";
+/// A target directory of its own: host builds and BPF builds do not wait for each other's lock.
+const BPF_TARGET_DIR: &str = "target/bpf-build";
+const BPF_PACKAGE: &str = "svc-lb-ebpf";
+
+/// Build the BPF object and the agent that embeds it.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  cargo xtask build            target/debug/svc-lb\n  cargo xtask build --release  target/release/svc-lb\n  cargo xtask build --bpf-only target/bpf/svc-lb, checked"
+)]
+pub(crate) struct Args {
+    /// Build the agent with optimisation. The BPF object always is.
+    #[arg(long)]
+    release: bool,
+    /// Stop after the BPF object.
+    #[arg(long)]
+    bpf_only: bool,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    bpf_object()?;
+    if !args.bpf_only {
+        agent(args.release)?;
+    }
+    Ok(())
+}
+
+/// Builds the BPF object, puts it through the gate and copies it to [`BPF_OBJECT`].
+pub(crate) fn bpf_object() -> Result<()> {
+    setup::ensure(&[Need::Build])?;
+    proc::run(bpf_cargo("build").args(["--release", "--bins"]))?;
+    let built = Path::new(BPF_TARGET_DIR)
+        .join(bpf_target())
+        .join("release")
+        .join(BPF_PACKAGE);
+    let bytes = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
+    elf_gate::check(&bytes).with_context(|| format!("check {}", built.display()))?;
+
+    // An unchanged object keeps its time stamp, so that the agent is not built anew.
+    if fs::read(BPF_OBJECT).is_ok_and(|present| present == bytes) {
+        return Ok(());
+    }
+    fs::create_dir_all("target/bpf").context("create target/bpf")?;
+    // Renamed into place: a build that runs at the same time reads the old object or the new one.
+    let fresh = Path::new(BPF_TARGET_DIR).join("svc-lb.checked");
+    fs::write(&fresh, bytes).with_context(|| format!("write {}", fresh.display()))?;
+    fs::rename(&fresh, BPF_OBJECT).with_context(|| format!("write {BPF_OBJECT}"))
+}
+
+/// Builds the agent and returns its path.
+pub(crate) fn agent(release: bool) -> Result<PathBuf> {
+    let mut cmd = proc::cargo();
+    cmd.args(["build", "--package", "svc-lb"]);
+    if release {
+        cmd.arg("--release");
+    }
+    proc::run(&mut cmd)?;
+    let profile = if release { "release" } else { "debug" };
+    std::path::absolute(proc::target_dir().join(profile).join("svc-lb")).context("agent's path")
+}
+
+/// `cargo <subcommand>` for the kernel crate: BPF target, its own core, aya's flags.
+pub(crate) fn bpf_cargo(subcommand: &str) -> Command {
+    let mut cmd = proc::cargo();
+    cmd.args([
+        subcommand,
+        "--package",
+        BPF_PACKAGE,
+        "--target",
+        bpf_target(),
+    ])
+    .args(["-Z", "build-std=core", "--target-dir", BPF_TARGET_DIR])
+    // `-Z` on the pinned stable toolchain.
+    .env("RUSTC_BOOTSTRAP", "1")
+    // aya-ebpf-bindings picks the kernel's register layout by this cfg; BTF needs debug information.
+    .env(
+        "CARGO_ENCODED_RUSTFLAGS",
+        [
+            &format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
+            "-Cdebuginfo=2",
+            "-Clink-arg=--btf",
+        ]
+        .join("\x1f"),
+    )
+    .env_remove("RUSTFLAGS")
+    .env_remove("RUSTC")
+    .env_remove("RUSTC_WRAPPER")
+    .env_remove("RUSTC_WORKSPACE_WRAPPER");
+    cmd
+}
+
+/// The BPF target with the byte order of the machine that will run it.
+fn bpf_target() -> &'static str {
+    if cfg!(target_endian = "big") {
+        "bpfeb-unknown-none"
+    } else {
+        "bpfel-unknown-none"
+    }
+}
