@@ -86,7 +86,7 @@ pub trait Address: sealed::Sealed + Copy + Eq + 'static {
     /// The unspecified address, which no packet can name as a frontend: keys use it for "any
     /// NodePort address of this node".
     const UNSPECIFIED: Self;
-    /// Fills records with an odd number of addresses up to a multiple of 8 bytes.
+    /// Fills [`crate::backend::Backend`] up to a multiple of 8 bytes.
     type Fill: Copy + Eq + Default + FillBytes;
 
     /// The address folded into 64 bits, for hashing; bijective for IPv4.
@@ -113,7 +113,7 @@ const fn words(word: u32) -> u32 {
 impl Address for Addr4 {
     const FAMILY: Family = Family::V4;
     const UNSPECIFIED: Self = Self(0);
-    type Fill = [u8; 0];
+    type Fill = [u8; 4];
 
     #[inline(always)]
     fn fold(self) -> u64 {
@@ -129,7 +129,7 @@ impl Address for Addr4 {
 impl Address for Addr6 {
     const FAMILY: Family = Family::V6;
     const UNSPECIFIED: Self = Self([0; 4]);
-    type Fill = [u8; 4];
+    type Fill = [u8; 0];
 
     #[inline(always)]
     fn fold(self) -> u64 {

@@ -8,11 +8,13 @@ record! {
     ///
     /// The address is written only while the backend is [`GONE`] and no flow can name its
     /// generation; everything that changes under traffic lies in `meta`, one aligned u64.
-    pub struct Backend<A> = (16, 32) {
+    pub struct Backend<A> = (24, 32) {
         /// Port, generation and bits; see [`meta`].
         pub meta: u64,
         /// Address.
         pub address: A,
+        /// Index of the service it belongs to, so that a restarted agent can tell whose it is.
+        pub service: u32,
         /// Index into `next_hops`; 0 for none known.
         pub next_hop: u32,
         /// Zero.
@@ -41,7 +43,7 @@ pub const fn meta(port: Be16, generation: u16, bits: u32) -> u64 {
 impl<A: Address> Backend<A> {
     /// A backend.
     #[must_use]
-    pub fn new(address: A, port: Be16, generation: u16, bits: u32, next_hop: u32) -> Self {
+    pub fn new(address: A, port: Be16, generation: u16, bits: u32, service: u32) -> Self {
         Self {
             meta: meta(port, generation, bits),
             address,
