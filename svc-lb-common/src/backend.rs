@@ -47,7 +47,8 @@ impl<A: Address> Backend<A> {
         Self {
             meta: meta(port, generation, bits),
             address,
-            next_hop,
+            service,
+            next_hop: 0,
             reserved: A::Fill::default(),
         }
     }
