@@ -47,6 +47,9 @@ pub const REJECT_NO_LOCAL: u32 = 1 << 2;
 pub const CSUM_IPV6: u32 = 1 << 3;
 /// aya-log diagnostics, switched on by the operator.
 pub const DIAGNOSTICS: u32 = 1 << 4;
+/// Outside clients select from the Local set whatever the policy: their packets to a backend of
+/// another node would need a translated source, which the programs do not do yet.
+pub const OUTSIDE_LOCAL: u32 = 1 << 5;
 
 impl Config {
     /// The settings of a node that was told nothing.
@@ -56,7 +59,7 @@ impl Config {
         service_mask4: Addr4(0),
         service_net6: Addr6([0; 4]),
         service_mask6: Addr6([0; 4]),
-        bits: REJECT_UNDEFINED_PORT | DROP_UNALLOCATED,
+        bits: REJECT_UNDEFINED_PORT | DROP_UNALLOCATED | OUTSIDE_LOCAL,
         guard_words: crate::limits::GUARD_WORDS,
         snat_first: 61_000,
         snat_last: 65_535,

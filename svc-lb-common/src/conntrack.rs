@@ -70,6 +70,10 @@ pub mod flow {
     pub const BRIDGED: u16 = 1 << 2;
     /// No service: a direct connection to a backend whose tuple was taken.
     pub const DIRECT: u16 = 1 << 3;
+    /// Opened by a TCP SYN: the first answer must be SYN+ACK or RST.
+    pub const SYN: u16 = 1 << 4;
+    /// The service has ClientIP affinity: the client is pinned when the flow is promoted.
+    pub const AFFINE: u16 = 1 << 5;
 }
 
 /// State bits of a flow; each entry of a pair has its own copy.

@@ -9,7 +9,7 @@ use crate::hash::address_hash;
 
 /// The address may be a frontend: ClusterIP, external IP or load balancer address.
 pub const FRONTEND: u8 = 1;
-/// The address may be one of this node's that serve NodePorts; [`crate::guard::port_position`]
+/// The address may be one of this node's that serve NodePorts; [`port_position`]
 /// then decides about the port.
 pub const NODE: u8 = 2;
 /// The address may be a backend's.
@@ -27,6 +27,13 @@ pub fn address_position<A: Address>(address: A, words: u32) -> (u32, u32) {
     let hash = address_hash(address);
     let nibble = hash & (words * NIBBLES - 1);
     (nibble >> 4, (nibble & 15) * 4)
+}
+
+/// Where an address lies in `guard_direct`.
+#[must_use]
+#[inline(always)]
+pub fn direct_position<A: Address>(address: A) -> u32 {
+    address_hash(address) & (crate::limits::GUARD_DIRECT - 1)
 }
 
 /// Words of the port bitmap: 65,536 ports for each of TCP, UDP and SCTP.

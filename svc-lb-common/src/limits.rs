@@ -6,6 +6,8 @@ pub const LAYOUT_VERSION: u32 = 1;
 
 /// `guard`: 2^20 addresses in 512 KiB.
 pub const GUARD_WORDS: u32 = 1 << 16;
+/// `guard_direct`: one u64 to a position.
+pub const GUARD_DIRECT: u32 = 4_096;
 /// `frontends4`, `frontends6`: addresses times ports of 10,000 services with room to spare.
 pub const FRONTENDS: u32 = 65_536;
 /// `services`: service ports of both families.
@@ -33,6 +35,8 @@ pub mod name {
     pub const GUARD: &str = "guard";
     /// Bitmap of NodePorts.
     pub const GUARD_PORT: &str = "guard_port";
+    /// Addresses that direct flows with a translated source port go to; written by the programs.
+    pub const GUARD_DIRECT: &str = "guard_direct";
     /// Frontends by family.
     pub const FRONTENDS: [&str; 2] = ["frontends4", "frontends6"];
     /// Services, both families.
@@ -55,9 +59,10 @@ pub mod name {
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 18] = [
+    pub const PINNED: [&str; 19] = [
         GUARD,
         GUARD_PORT,
+        GUARD_DIRECT,
         FRONTENDS[0],
         FRONTENDS[1],
         SERVICES,
