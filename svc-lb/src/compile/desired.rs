@@ -30,7 +30,7 @@ pub struct PortKey {
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FrontendAddress {
-    /// Any address of this node that serves NodePorts.
+    /// Any address of this node that serves `NodePorts`.
     Node,
     /// One address.
     Ip(IpAddr),
@@ -62,6 +62,10 @@ pub struct Frontend {
 }
 
 /// One endpoint as a backend of one service port.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one independent bit of a backend"
+)]
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 pub struct Backend {
     /// Address and port of the endpoint.
@@ -92,7 +96,7 @@ pub struct DesiredPort {
     /// Some endpoint in the cluster is ready or serving: an empty set then means silence, not
     /// rejection (SEMANTICS 1.1, `hasAny`).
     pub has_any: bool,
-    /// sessionAffinity ClientIP, with its timeout in seconds.
+    /// sessionAffinity `ClientIP`, with its timeout in seconds.
     pub affinity_seconds: Option<u32>,
     /// loadBalancerSourceRanges of this family; empty admits everyone.
     pub source_ranges: Vec<IpNet>,

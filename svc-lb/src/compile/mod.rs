@@ -3,3 +3,135 @@
 //! Knows all of SEMANTICS section 1. Imports neither aya nor kube (`cargo xtask lint` checks).
 
 pub mod desired;
+mod endpoints;
+mod frontends;
+mod notes;
+
+#[cfg(test)]
+mod tests;
+
+use serde::Serialize;
+use svc_lb_common::{Family, Protocol};
+
+pub use self::notes::{Note, Reason, TopologyMode};
+use self::{
+    desired::{DesiredPort, PortKey},
+    endpoints::Usage,
+    notes::Notes,
+};
+use crate::model::{EndpointSlice, NodeFacts, Service, ServicePort, TrafficPolicy};
+
+/// Which backends clients outside the cluster can be sent to.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub enum OutsideReach {
+    /// Those on this node only, whatever externalTrafficPolicy says: the answers of others would
+    /// not come back through this node.
+    LocalBackends,
+    /// Those that externalTrafficPolicy allows.
+    #[default]
+    Any,
+}
+
+/// What an operator or the dataplane's abilities decide, for all Services alike.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct CompileOptions {
+    /// Handle the objects whose label `service.kubernetes.io/service-proxy-name` is this; those
+    /// without the label where none (SEMANTICS A4).
+    pub proxy_name: Option<String>,
+    /// Where clients outside the cluster can be sent.
+    pub outside_reaches: OutsideReach,
+}
+
+/// What is to be programmed for one Service, and why the rest is not.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Compiled {
+    /// One for each port and family, sorted by key.
+    pub ports: Vec<DesiredPort>,
+    /// For people who ask.
+    pub notes: Vec<Note>,
+}
+
+/// Decides what one node programs for one Service.
+///
+/// `slices` are those that name the Service; their order does not matter.
+pub fn compile<'a>(
+    service: &Service,
+    slices: impl IntoIterator<Item = &'a EndpointSlice>,
+    node: &NodeFacts,
+    options: &CompileOptions,
+) -> Compiled {
+    if let Some(reason) = frontends::why_skipped(service, options) {
+        return Compiled {
+            ports: Vec::new(),
+            notes: vec![Note::of_service(reason)],
+        };
+    }
+    let mut notes = Notes::default();
+    let slices = endpoints::usable(slices, options, &mut notes);
+    let mut ports = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        if !frontends::serves(service, family) {
+            frontends::note_unserved(service, family, &mut notes);
+            continue;
+        }
+        frontends::note_family(service, family, &mut notes);
+        for port in &service.ports {
+            ports.push(compile_port(
+                service, port, family, &slices, node, options, &mut notes,
+            ));
+        }
+    }
+    ports.sort_unstable_by(|a, b| a.key.cmp(&b.key));
+    endpoints::note_unused(&slices, &mut notes);
+    Compiled {
+        ports,
+        notes: notes.into_vec(),
+    }
+}
+
+fn compile_port(
+    service: &Service,
+    port: &ServicePort,
+    family: Family,
+    slices: &[&EndpointSlice],
+    node: &NodeFacts,
+    options: &CompileOptions,
+    notes: &mut Notes,
+) -> DesiredPort {
+    let key = PortKey {
+        namespace: service.name.namespace.clone(),
+        service: service.name.name.clone(),
+        port_name: port.name.clone(),
+        protocol: port.protocol,
+        family,
+    };
+    let frontends = frontends::of_port(service, port, family);
+    let external = frontends::externally_accessible(&frontends);
+    let internal_local = service.internal_policy == TrafficPolicy::Local;
+    let policy_local = external && service.external_policy == TrafficPolicy::Local;
+    let restricted = external && options.outside_reaches == OutsideReach::LocalBackends;
+    let external_local = policy_local || restricted;
+    let usage = Usage {
+        cluster: !internal_local || external,
+        local: internal_local || external_local,
+    };
+
+    let mut notes = notes.port(port, family);
+    if port.protocol == Protocol::Sctp {
+        notes.add(Reason::ProtocolNotProgrammed);
+    }
+    if restricted && !policy_local {
+        notes.add(Reason::OutsideReachesLocalBackendsOnly);
+    }
+    let set = endpoints::categorize(port, family, slices, node, usage, &mut notes);
+    DesiredPort {
+        key,
+        frontends,
+        backends: set.backends,
+        internal_local,
+        external_local,
+        has_any: set.has_any,
+        affinity_seconds: service.affinity_seconds,
+        source_ranges: frontends::source_ranges(service, family),
+    }
+}

@@ -1,0 +1,151 @@
+//! The cluster's state, indexed by what a change concerns.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    change::{Edit, Kind, Object, ObjectKey},
+    object::{EndpointSlice, NodeFacts, ObjectName, Service},
+};
+
+/// Services, their endpoints and this node.
+///
+/// `apply` says which Services a change concerns; only these need compiling again.
+#[derive(Debug)]
+pub struct Model {
+    node: NodeFacts,
+    services: BTreeMap<ObjectName, Service>,
+    slices: BTreeMap<ObjectName, EndpointSlice>,
+    /// Names of the slices of each Service, known or not.
+    slices_of: BTreeMap<ObjectName, BTreeSet<String>>,
+}
+
+impl Model {
+    /// An empty cluster, seen from the node called `node_name`.
+    pub fn new(node_name: impl Into<String>) -> Self {
+        Self {
+            node: NodeFacts {
+                name: node_name.into(),
+                zone: None,
+            },
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            slices_of: BTreeMap::new(),
+        }
+    }
+
+    /// Applies edits; returns the Services that must be compiled again, known, unknown or gone.
+    ///
+    /// Objects that are as they were concern nobody. Pods and v1 Endpoints are for the standalone
+    /// control plane and are ignored here.
+    pub fn apply(&mut self, edits: impl IntoIterator<Item = Edit>) -> BTreeSet<ObjectName> {
+        let mut affected = BTreeSet::new();
+        for edit in edits {
+            match edit {
+                Edit::Upsert(Object::Service(service)) => {
+                    self.upsert_service(*service, &mut affected);
+                }
+                Edit::Upsert(Object::EndpointSlice(slice)) => {
+                    self.upsert_slice(slice, &mut affected);
+                }
+                Edit::Upsert(Object::Node(node)) if node.name == self.node.name => {
+                    self.set_zone(node.zone, &mut affected);
+                }
+                Edit::Upsert(Object::Node(_) | Object::Pod(_) | Object::Endpoints(_)) => {}
+                Edit::Delete(key) => self.delete(key, &mut affected),
+            }
+        }
+        affected
+    }
+
+    /// The node's facts.
+    #[must_use]
+    pub fn node(&self) -> &NodeFacts {
+        &self.node
+    }
+
+    /// The Service of that name.
+    #[must_use]
+    pub fn service(&self, name: &ObjectName) -> Option<&Service> {
+        self.services.get(name)
+    }
+
+    /// All Services, by name.
+    pub fn services(&self) -> impl Iterator<Item = &Service> {
+        self.services.values()
+    }
+
+    /// The slices of a Service, by name; also of a Service that is not known.
+    pub fn slices(&self, service: &ObjectName) -> impl Iterator<Item = &EndpointSlice> {
+        let names = self.slices_of.get(service).into_iter().flatten();
+        let namespace = service.namespace.clone();
+        names.filter_map(move |name| {
+            self.slices
+                .get(&ObjectName::new(namespace.clone(), name.clone()))
+        })
+    }
+
+    fn upsert_service(&mut self, service: Service, affected: &mut BTreeSet<ObjectName>) {
+        if self.services.get(&service.name) == Some(&service) {
+            return;
+        }
+        affected.insert(service.name.clone());
+        self.services.insert(service.name.clone(), service);
+    }
+
+    fn upsert_slice(&mut self, slice: EndpointSlice, affected: &mut BTreeSet<ObjectName>) {
+        if self.slices.get(&slice.name) == Some(&slice) {
+            return;
+        }
+        self.remove_slice(&slice.name, affected);
+        // Without a Service's name nobody can look it up (SEMANTICS A7).
+        let Some(owner) = slice.owner() else { return };
+        affected.insert(owner.clone());
+        self.slices_of
+            .entry(owner)
+            .or_default()
+            .insert(slice.name.name.clone());
+        self.slices.insert(slice.name.clone(), slice);
+    }
+
+    fn remove_slice(&mut self, name: &ObjectName, affected: &mut BTreeSet<ObjectName>) {
+        let Some(owner) = self.slices.remove(name).and_then(|slice| slice.owner()) else {
+            return;
+        };
+        if let Some(names) = self.slices_of.get_mut(&owner) {
+            names.remove(&name.name);
+            if names.is_empty() {
+                self.slices_of.remove(&owner);
+            }
+        }
+        affected.insert(owner);
+    }
+
+    /// A zone decides only where there are hints (SEMANTICS D8).
+    fn set_zone(&mut self, zone: Option<String>, affected: &mut BTreeSet<ObjectName>) {
+        if self.node.zone == zone {
+            return;
+        }
+        self.node.zone = zone;
+        let hinted = |slice: &&EndpointSlice| slice.endpoints.iter().any(|e| e.hints.is_some());
+        affected.extend(
+            self.slices
+                .values()
+                .filter(hinted)
+                .filter_map(EndpointSlice::owner),
+        );
+    }
+
+    fn delete(&mut self, key: ObjectKey, affected: &mut BTreeSet<ObjectName>) {
+        let ObjectKey { kind, name } = key;
+        match kind {
+            Kind::Service => {
+                if self.services.remove(&name).is_some() {
+                    affected.insert(name);
+                }
+            }
+            Kind::EndpointSlice => self.remove_slice(&name, affected),
+            Kind::Node if name.name == self.node.name => self.set_zone(None, affected),
+            Kind::Node | Kind::Pod | Kind::Endpoints => {}
+        }
+    }
+}
