@@ -690,16 +690,17 @@ fn d5_d6_d7_topology() {
         );
         let expected: Vec<String> = expected.iter().map(|a| format!("{a}:8080")).collect();
         assert_eq!(sets(&compiled.ports[0]).0, expected, "{context}");
-        let said = reasons(&compiled)
-            .into_iter()
-            .find_map(|reason| match reason {
-                Reason::Topology {
-                    mode,
-                    used: 1,
-                    ready: 2,
-                } => Some(mode),
-                _ => None,
-            });
+        let said = reasons(&compiled).into_iter().find_map(|reason| {
+            let Reason::Topology {
+                mode,
+                used: 1,
+                ready: 2,
+            } = reason
+            else {
+                return None;
+            };
+            Some(mode)
+        });
         assert_eq!(said, mode, "{context}");
     }
 }
