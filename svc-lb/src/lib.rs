@@ -1,4 +1,5 @@
 //! The svc-lb agent: keeps the BPF maps of one node equal to what the controller's stream says.
 
 pub mod compile;
+pub mod dataplane;
 pub mod model;

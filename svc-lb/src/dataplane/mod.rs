@@ -1,0 +1,3 @@
+//! The kernel side: object, pins, links, and what the kernel can do.
+
+pub mod sys;
