@@ -144,20 +144,24 @@ fn rust_src(from: RustSrc) -> Result<()> {
     let added = proc::run_quiet(
         "rustup component add rust-src",
         Command::new("rustup").args(["component", "add", "rust-src"]),
-    );
-    match added {
-        Ok(()) if rust_src_present(&dir) => Ok(()),
-        Ok(()) => bail!(
-            "rustup says rust-src is installed, but {} does not hold it: run \
-             `rustup component remove rust-src`, then `cargo xtask setup` again",
+    )
+    .and_then(|()| {
+        if rust_src_present(&dir) {
+            return Ok(());
+        }
+        bail!(
+            "rustup takes rust-src for installed, but {} does not hold it; \
+             `rustup component remove rust-src` helps",
             dir.display()
-        ),
-        Err(error) if from == RustSrc::Rustup => Err(error),
-        Err(error) => {
+        )
+    });
+    match added {
+        Err(error) if from == RustSrc::Auto => {
             eprintln!("setup: rustup could not: {error:#}");
             eprintln!("setup: taking rust-src of the same version from Debian instead");
             rust_src_debian(&dir)
         }
+        done => done,
     }
 }
 
