@@ -13,7 +13,7 @@ use crate::{elf_gate, proc};
 pub(crate) const BPF_OBJECT: &str = "target/bpf/svc-lb";
 /// A target directory of its own: host builds and BPF builds do not wait for each other's lock.
 const BPF_TARGET_DIR: &str = "target/bpf-build";
-const BPF_PACKAGE: &str = "svc-lb-ebpf";
+pub(crate) const BPF_PACKAGE: &str = "svc-lb-ebpf";
 
 /// Build the BPF object and the agent that embeds it.
 #[derive(Debug, clap::Args)]

@@ -12,16 +12,21 @@ use clap::{Parser, Subcommand};
 
 mod apt;
 mod build;
+mod demo;
+mod deps;
 mod elf_gate;
+mod lint;
 mod proc;
 mod setup;
+mod test;
+mod tidy;
 
 /// Build, test and try svc-lb.
 #[derive(Debug, Parser)]
 #[command(
     name = "cargo xtask",
     bin_name = "cargo xtask",
-    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb"
+    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -32,12 +37,15 @@ struct Cli {
 enum Command {
     Setup(setup::Args),
     Build(build::Args),
+    Demo(demo::Args),
+    Test(test::Args),
+    Lint(lint::Args),
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match dispatch(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -45,13 +53,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> Result<()> {
+fn dispatch(command: Command) -> Result<ExitCode> {
     let root = project_root()?;
     env::set_current_dir(&root).with_context(|| format!("enter {}", root.display()))?;
     match command {
-        Command::Setup(args) => setup::run(&args),
-        Command::Build(args) => build::run(&args),
+        Command::Setup(args) => setup::run(&args)?,
+        Command::Build(args) => build::run(&args)?,
+        Command::Demo(args) => demo::run(&args)?,
+        Command::Test(args) => return test::run(&args),
+        Command::Lint(args) => lint::run(&args)?,
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The directory of the workspace's `Cargo.toml`.

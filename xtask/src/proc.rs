@@ -201,7 +201,8 @@ fn forward(
 
 /// `cmd` as one would type it, for messages.
 pub(crate) fn line(cmd: &Command) -> String {
-    iter::once(cmd.get_program())
+    let program = Path::new(cmd.get_program());
+    iter::once(program.file_name().unwrap_or_default())
         .chain(cmd.get_args())
         .map(OsStr::to_string_lossy)
         .collect::<Vec<_>>()

@@ -141,20 +141,17 @@ fn rust_src(from: RustSrc) -> Result<()> {
         return Ok(());
     }
     eprintln!("setup: rust-src is missing: adding it to the toolchain");
-    let added = proc::run_quiet(
-        "rustup component add rust-src",
-        Command::new("rustup").args(["component", "add", "rust-src"]),
-    )
-    .and_then(|()| {
-        if rust_src_present(&dir) {
-            return Ok(());
-        }
-        bail!(
-            "rustup takes rust-src for installed, but {} does not hold it; \
+    let added = proc::run_quiet("rustup component add rust-src", &mut rustup_add("rust-src"))
+        .and_then(|()| {
+            if rust_src_present(&dir) {
+                return Ok(());
+            }
+            bail!(
+                "rustup takes rust-src for installed, but {} does not hold it; \
              `rustup component remove rust-src` helps",
-            dir.display()
-        )
-    });
+                dir.display()
+            )
+        });
     match added {
         Err(error) if from == RustSrc::Auto => {
             eprintln!("setup: rustup could not: {error:#}");
@@ -273,9 +270,17 @@ fn lint_components() -> Result<()> {
         if proc::capture(Command::new(program).arg("--version")).is_err() {
             proc::run_quiet(
                 &format!("rustup component add {component}"),
-                Command::new("rustup").args(["component", "add", component]),
+                &mut rustup_add(component),
             )?;
         }
     }
     Ok(())
+}
+
+fn rustup_add(component: &str) -> Command {
+    let mut cmd = Command::new("rustup");
+    cmd.args(["component", "add", component])
+        // Its stack traces would bury its message.
+        .env_remove("RUST_BACKTRACE");
+    cmd
 }
