@@ -1,5 +1,6 @@
 //! Frontends, services and slots.
 
+use crate::hash::{M1, M2, M3};
 use crate::layout::record;
 use crate::{Address, Be16};
 
@@ -62,15 +63,47 @@ pub mod kind {
 }
 
 record! {
-    /// Value of a frontend.
-    pub struct Frontend = 8 {
+    /// Value of a frontend. Made by [`Frontend::new`].
+    pub struct Frontend = 12 {
         /// Index into `services`; 0 in an address entry.
         pub service: u32,
         /// One of [`kind`]. An address entry holds [`kind::NODE_PORT`] for an address of this
         /// node, and a frontend's kind for a frontend's address.
-        pub kind: u8,
-        /// Zero.
-        pub reserved: [u8; 3],
+        pub kind: u32,
+        /// Belongs to the key and the other fields: the kernel may show a reader an element that
+        /// was just freed and given to another key.
+        pub check: u32,
+    }
+}
+
+impl Frontend {
+    /// The value for `key`.
+    #[must_use]
+    #[inline(always)]
+    pub fn new<A: Address>(key: &FrontendKey<A>, service: u32, kind: u8) -> Self {
+        let kind = kind as u32;
+        Self {
+            service,
+            kind,
+            check: Self::expected_check(key, service, kind),
+        }
+    }
+
+    /// Whether this copy really is `key`'s value.
+    #[must_use]
+    #[inline(always)]
+    pub fn belongs_to<A: Address>(&self, key: &FrontendKey<A>) -> bool {
+        self.check == Self::expected_check(key, self.service, self.kind)
+    }
+
+    #[inline(always)]
+    fn expected_check<A: Address>(key: &FrontendKey<A>, service: u32, kind: u32) -> u32 {
+        let port = (key.port.0 as u64) << 8 | key.protocol as u64;
+        let value = (service as u64) << 8 | kind as u64;
+        let sum = (key.address.fold().wrapping_mul(M1))
+            .wrapping_add(port.wrapping_mul(M2))
+            .wrapping_add(value.wrapping_mul(M3));
+        (sum >> 32) as u32
     }
 }
 
