@@ -1,0 +1,333 @@
+//! Clients with real sockets.
+//!
+//! Sockets are made inside the client's namespace and stay there; the calls on them may come from any thread.
+
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::process::Output;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::netns::Namespace;
+use super::process::collected;
+
+/// How long a client waits by default.
+pub const PATIENCE: Duration = Duration::from_secs(3);
+
+/// A client in a namespace.
+#[derive(Debug, Clone, Copy)]
+pub struct Client<'a> {
+    namespace: &'a Namespace,
+    port: u16,
+    patience: Duration,
+}
+
+/// An HTTP answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Status code.
+    pub status: u16,
+    /// Body.
+    pub body: String,
+}
+
+impl<'a> Client<'a> {
+    /// A client with any source port.
+    #[must_use]
+    pub const fn of(namespace: &'a Namespace) -> Self {
+        Self {
+            namespace,
+            port: 0,
+            patience: PATIENCE,
+        }
+    }
+
+    /// The same with a fixed source port, which several of its sockets may share.
+    #[must_use]
+    pub const fn from_port(mut self, port: u16) -> Self {
+        self.port = port;
+        self
+    }
+
+    /// The same with another time limit for each step.
+    #[must_use]
+    pub const fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Connects over TCP.
+    pub fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.socket(to.ip(), Type::STREAM, Protocol::TCP)?;
+        socket.connect_timeout(&to.into(), self.patience)?;
+        socket.set_tcp_nodelay(true)?;
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(self.patience))?;
+        stream.set_write_timeout(Some(self.patience))?;
+        Ok(stream)
+    }
+
+    /// Connects to a [`super::server::tcp_echo`] and reads who it is.
+    pub fn echo(&self, to: SocketAddr) -> Result<Echo> {
+        let stream = self
+            .connect(to)
+            .with_context(|| format!("connect to {to}"))?;
+        let mut echo = Echo {
+            stream: BufReader::new(stream),
+            server: String::new(),
+            seen_as: SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0),
+        };
+        let greeting = echo.line()?;
+        let (server, seen_as) = greeting
+            .split_once(' ')
+            .with_context(|| format!("{to} greets with {greeting:?}"))?;
+        server.clone_into(&mut echo.server);
+        echo.seen_as = seen_as
+            .parse()
+            .with_context(|| format!("{to} greets with {greeting:?}"))?;
+        Ok(echo)
+    }
+
+    /// One HTTP request over a connection of its own.
+    pub fn get(&self, to: SocketAddr, path: &str) -> Result<Answer> {
+        self.http(to)?.request(path, true)
+    }
+
+    /// One HTTP request for `/`, and which pod answered.
+    pub fn hit(&self, to: SocketAddr) -> Result<String> {
+        pod_of(&self.get(to, "/")?)
+    }
+
+    /// A connection for many HTTP requests.
+    pub fn http(&self, to: SocketAddr) -> Result<Http> {
+        let stream = self
+            .connect(to)
+            .with_context(|| format!("connect to {to}"))?;
+        Ok(Http {
+            stream: BufReader::new(stream),
+        })
+    }
+
+    /// A UDP socket.
+    pub fn udp(&self, family_of: IpAddr) -> io::Result<Udp> {
+        let socket = UdpSocket::from(self.socket(family_of, Type::DGRAM, Protocol::UDP)?);
+        if self.port == 0 {
+            let any: IpAddr = match family_of {
+                IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            socket2::SockRef::from(&socket).bind(&SocketAddr::new(any, 0).into())?;
+        }
+        socket.set_read_timeout(Some(self.patience))?;
+        Ok(Udp { socket })
+    }
+
+    /// A UDP socket connected to `to`.
+    pub fn udp_connected(&self, to: SocketAddr) -> io::Result<Udp> {
+        let udp = self.udp(to.ip())?;
+        udp.socket.connect(to)?;
+        Ok(udp)
+    }
+
+    /// Runs curl with the arguments given and `--max-time`; the output is curl's.
+    pub fn curl(&self, args: &[&str]) -> Result<Output> {
+        let mut curl = collected("curl");
+        curl.args(["--silent", "--show-error", "--max-time"])
+            .arg(self.patience.as_secs_f32().to_string())
+            .args(args);
+        self.namespace
+            .start(curl)?
+            .output(self.patience + Duration::from_secs(5))
+    }
+
+    /// curl's output for a URL, or its complaint.
+    pub fn curl_ok(&self, args: &[&str]) -> Result<String> {
+        let output = self.curl(args)?;
+        if !output.status.success() {
+            bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn socket(&self, family_of: IpAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+        let (domain, any): (_, IpAddr) = match family_of {
+            IpAddr::V4(_) => (Domain::IPV4, Ipv4Addr::UNSPECIFIED.into()),
+            IpAddr::V6(_) => (Domain::IPV6, Ipv6Addr::UNSPECIFIED.into()),
+        };
+        let socket = self
+            .namespace
+            .run(|| Socket::new(domain, kind, Some(protocol)))?;
+        if self.port != 0 {
+            socket.set_reuse_address(true)?;
+            socket.bind(&SocketAddr::new(any, self.port).into())?;
+        }
+        Ok(socket)
+    }
+}
+
+/// Which pod wrote an HTTP answer.
+pub fn pod_of(answer: &Answer) -> Result<String> {
+    match answer.body.trim().strip_prefix("You've hit ") {
+        Some(pod) => Ok(pod.to_owned()),
+        None => bail!("not a pod's answer: {answer:?}"),
+    }
+}
+
+/// A TCP connection to an echo server.
+#[derive(Debug)]
+pub struct Echo {
+    stream: BufReader<TcpStream>,
+    server: String,
+    seen_as: SocketAddr,
+}
+
+impl Echo {
+    /// Who answered.
+    #[must_use]
+    pub fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// The client's address and port as the server saw them.
+    #[must_use]
+    pub fn seen_as(&self) -> SocketAddr {
+        self.seen_as
+    }
+
+    /// The connection's own ends: local and peer address.
+    pub fn ends(&self) -> io::Result<(SocketAddr, SocketAddr)> {
+        let stream = self.stream.get_ref();
+        Ok((stream.local_addr()?, stream.peer_addr()?))
+    }
+
+    /// Sends a line and checks that it comes back.
+    pub fn ping(&mut self, text: &str) -> Result<()> {
+        writeln!(self.stream.get_ref(), "{text}").with_context(|| format!("send {text:?}"))?;
+        let answer = self.line()?;
+        if answer != text {
+            bail!("sent {text:?}, got {answer:?} from {}", self.server);
+        }
+        Ok(())
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        let read = self
+            .stream
+            .read_line(&mut line)
+            .with_context(|| format!("read from {:?}", self.server))?;
+        if read == 0 {
+            bail!("{:?} closed the connection", self.server);
+        }
+        Ok(line.trim_end().to_owned())
+    }
+}
+
+/// A connection for HTTP requests.
+#[derive(Debug)]
+pub struct Http {
+    stream: BufReader<TcpStream>,
+}
+
+impl Http {
+    /// One request; `close` asks the server to end the connection after it.
+    pub fn request(&mut self, path: &str, close: bool) -> Result<Answer> {
+        let connection = if close { "close" } else { "keep-alive" };
+        write!(
+            self.stream.get_ref(),
+            "GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: {connection}\r\n\r\n"
+        )
+        .context("send a request")?;
+        let status = self.line()?;
+        let status = status
+            .split_whitespace()
+            .nth(1)
+            .and_then(|code| code.parse().ok())
+            .with_context(|| format!("not a status line: {status:?}"))?;
+        let mut length = 0;
+        loop {
+            let header = self.line()?.to_ascii_lowercase();
+            if header.is_empty() {
+                break;
+            }
+            if let Some(value) = header.strip_prefix("content-length:") {
+                length = value.trim().parse().context("content-length")?;
+            }
+        }
+        let mut body = vec![0; length];
+        self.stream.read_exact(&mut body).context("read the body")?;
+        Ok(Answer {
+            status,
+            body: String::from_utf8(body).context("the body is not text")?,
+        })
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line).context("read an answer")? == 0 {
+            bail!("the connection ended");
+        }
+        Ok(line.trim_end().to_owned())
+    }
+}
+
+/// A UDP socket.
+#[derive(Debug)]
+pub struct Udp {
+    socket: UdpSocket,
+}
+
+/// What a [`super::server::udp_echo`] answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Datagram {
+    /// Who answered.
+    pub server: String,
+    /// The client's address and port as the server saw them.
+    pub seen_as: SocketAddr,
+    /// What was echoed.
+    pub text: String,
+    /// Source address of the answer; the peer of a connected socket.
+    pub from: SocketAddr,
+}
+
+impl Udp {
+    /// Sends to `to` and waits for one answer from anybody.
+    pub fn ask_at(&self, to: SocketAddr, text: &str) -> io::Result<Datagram> {
+        self.socket.send_to(text.as_bytes(), to)?;
+        self.answer()
+    }
+
+    /// Sends to the connected peer and waits for one answer.
+    pub fn ask(&self, text: &str) -> io::Result<Datagram> {
+        self.socket.send(text.as_bytes())?;
+        self.answer()
+    }
+
+    /// Waits for one answer.
+    pub fn answer(&self) -> io::Result<Datagram> {
+        let mut buffer = [0; 2048];
+        let (length, from) = self.socket.recv_from(&mut buffer)?;
+        let bytes = buffer.get(..length).unwrap_or_default();
+        let text = String::from_utf8_lossy(bytes);
+        let malformed = || io::Error::new(io::ErrorKind::InvalidData, text.clone().into_owned());
+        let mut words = text.splitn(3, ' ');
+        let (Some(server), Some(seen_as), Some(echo)) = (words.next(), words.next(), words.next())
+        else {
+            return Err(malformed());
+        };
+        Ok(Datagram {
+            server: server.to_owned(),
+            seen_as: seen_as.parse().map_err(|_error| malformed())?,
+            text: echo.to_owned(),
+            from,
+        })
+    }
+
+    /// The socket itself.
+    #[must_use]
+    pub fn socket(&self) -> &UdpSocket {
+        &self.socket
+    }
+}

@@ -1,0 +1,57 @@
+//! A network in network namespaces: the node under test, pods, a second node, outside clients.
+//!
+//! ```text
+//!   client-0, client-1 (203.0.113.0/24) ── net (router) ──┬── eth0 node-a ──┬── veth<pod>  routed pods   10.244.1.0/25
+//!                                                         │                 └── cni0 ── veth<pod>  bridged pods 10.244.1.128/25
+//!                                                         └── eth0 node-b ───── veth<pod>  routed pods   10.244.2.0/24
+//! ```
+//!
+//! Everything is dual stack. [`Lab::builder`] makes the pieces a test names and no others; dropping the [`Lab`]
+//! removes them. What a killed run leaves behind is removed by the next run ([`run::sweep`]).
+//!
+//! A network namespace is a property of a thread, and of a socket for its whole life. [`Namespace::run`] therefore
+//! runs its closure on a thread of its own inside the namespace; sockets made there may be used anywhere.
+
+pub mod addresses;
+pub mod agent;
+pub mod bpf;
+pub mod capture;
+pub mod client;
+mod ethtool;
+pub mod netlink;
+pub mod netns;
+pub mod process;
+pub mod run;
+pub mod server;
+mod topology;
+
+pub use addresses::{Dual, Family};
+pub use agent::AgentProcess;
+pub use bpf::KernelState;
+pub use netns::Namespace;
+pub use topology::{
+    Attach, BRIDGE, Lab, LabBuilder, NodeName, Outside, POD_INTERFACES, Pod, UPLINK,
+};
+
+/// Environment variable that lets tests which need root be skipped without it.
+pub const SKIP_ROOT: &str = "SVC_LB_TEST_SKIP_ROOT";
+
+/// Whether a test that needs root can run.
+///
+/// Without root it is a failure, unless `SVC_LB_TEST_SKIP_ROOT=1` asks for skipping: then `skipped` is printed and
+/// the test must return at once.
+///
+/// # Panics
+/// Without root, unless told to skip: a test that did not run must not pass by accident.
+#[must_use]
+pub fn privileged() -> bool {
+    if nix::unistd::geteuid().is_root() {
+        return true;
+    }
+    assert!(
+        std::env::var(SKIP_ROOT).is_ok_and(|value| value == "1"),
+        "this test needs root; run it as root or set {SKIP_ROOT}=1 to skip it"
+    );
+    eprintln!("skipped: needs root");
+    false
+}
