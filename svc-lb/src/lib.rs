@@ -3,3 +3,4 @@
 pub mod compile;
 pub mod dataplane;
 pub mod model;
+pub mod source;
