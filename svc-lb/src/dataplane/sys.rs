@@ -12,6 +12,8 @@ use aya_obj::generated::{
     bpf_attach_type, bpf_cmd, bpf_insn, bpf_link_info, bpf_link_type, bpf_prog_type,
 };
 
+pub mod map;
+
 /// Runs one bpf(2) command; returns its non-negative result.
 ///
 /// # Safety
