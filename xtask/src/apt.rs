@@ -4,14 +4,16 @@
 //! leaves the system's own apt untouched. Packages are verified with Debian's archive keys, then only unpacked.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::{Path, PathBuf, absolute};
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::proc;
 
 const MIRROR: &str = "http://deb.debian.org/debian";
+/// Where releases go some time after their end of life.
+const ARCHIVE: &str = "http://archive.debian.org/debian";
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// One Debian suite, with a state of its own under `target/apt/<suite>`.
@@ -27,10 +29,9 @@ impl Suite {
         if !Path::new(KEYRING).exists() {
             bail!("{KEYRING} is missing: install the package debian-archive-keyring");
         }
-        let root = std::env::current_dir()?;
         let suite = Self {
             name: name.to_owned(),
-            dir: root.join("target/apt").join(name),
+            dir: absolute(Path::new("target/apt").join(name))?,
         };
         for dir in [
             "sources",
@@ -41,17 +42,44 @@ impl Suite {
             let dir = suite.dir.join(dir);
             fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         }
+        suite.update(&mirror()).or_else(|error| {
+            eprintln!("  {error:#}\n  trying Debian's archive of old releases");
+            suite.update(ARCHIVE)
+        })?;
+        Ok(suite)
+    }
+
+    /// Points the suite to `mirror` and fetches its package lists.
+    fn update(&self, mirror: &str) -> Result<()> {
         let source = format!(
-            "Types: deb\nURIs: {}\nSuites: {name}\nComponents: main\nSigned-By: {KEYRING}\n",
-            mirror()
+            "Types: deb\nURIs: {mirror}\nSuites: {}\nComponents: main\nSigned-By: {KEYRING}\n{}",
+            self.name,
+            // Lists in the archive are not signed anew.
+            if mirror == ARCHIVE {
+                "Check-Valid-Until: no\n"
+            } else {
+                ""
+            }
         );
-        fs::write(suite.dir.join("sources/debian.sources"), source)
+        fs::write(self.dir.join("sources/debian.sources"), source)
             .context("write the private apt source")?;
         proc::run_quiet(
-            &format!("package lists of Debian {name}"),
-            suite.apt("apt-get").arg("update"),
-        )?;
-        Ok(suite)
+            &format!("package lists of Debian {}", self.name),
+            self.apt("apt-get").arg("update"),
+        )
+    }
+
+    /// What the newest `package` depends on; of alternatives, the first.
+    pub(crate) fn depends(&self, package: &str) -> Result<Vec<String>> {
+        let listing = proc::capture(self.apt("apt-cache").args(["depends", package]))?;
+        Ok(listing
+            .lines()
+            .filter_map(|line| {
+                line.trim_start_matches([' ', '|'])
+                    .strip_prefix("Depends: ")
+            })
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Downloads the newest `package` whose version starts with `version` (any if empty); returns the file.
@@ -101,6 +129,8 @@ impl Suite {
             // The unprivileged download user may not reach this directory.
             "APT::Sandbox::User=root".to_owned(),
             "Acquire::Languages=none".to_owned(),
+            // Some desktops make apt fetch catalogues of applications too.
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
         ] {
             cmd.args(["-o", &option]);
         }
@@ -108,7 +138,7 @@ impl Suite {
     }
 }
 
-/// Unpacks `subtree` (a path inside the package, without a leading slash) of the package file `deb` into `into`.
+/// Unpacks the package file `deb` into `into`: all of it, or only `subtree`, a path inside the package.
 ///
 /// The first `strip` components of each path are left out.
 pub(crate) fn unpack(deb: &Path, subtree: &str, strip: usize, into: &Path) -> Result<()> {
@@ -116,7 +146,7 @@ pub(crate) fn unpack(deb: &Path, subtree: &str, strip: usize, into: &Path) -> Re
     let mut dpkg = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(deb)
-        .stdout(std::process::Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()
         .context("start dpkg-deb")?;
     let tar = dpkg.stdout.take().context("dpkg-deb has no output")?;
@@ -130,7 +160,7 @@ pub(crate) fn unpack(deb: &Path, subtree: &str, strip: usize, into: &Path) -> Re
             .stdin(tar),
     );
     let status = dpkg.wait().context("wait for dpkg-deb")?;
-    extracted.with_context(|| format!("unpack {subtree} of {}", deb.display()))?;
+    extracted.with_context(|| format!("unpack {}", deb.display()))?;
     if !status.success() {
         bail!("dpkg-deb --fsys-tarfile {} failed: {status}", deb.display());
     }

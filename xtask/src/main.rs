@@ -20,13 +20,14 @@ mod proc;
 mod setup;
 mod test;
 mod tidy;
+mod vm;
 
 /// Build, test and try svc-lb.
 #[derive(Debug, Parser)]
 #[command(
     name = "cargo xtask",
     bin_name = "cargo xtask",
-    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code"
+    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code\n  cargo xtask vm all           on four kernels, in QEMU"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -40,6 +41,7 @@ enum Command {
     Demo(demo::Args),
     Test(test::Args),
     Lint(lint::Args),
+    Vm(vm::Args),
 }
 
 fn main() -> ExitCode {
@@ -62,6 +64,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Demo(args) => demo::run(&args)?,
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,
+        Command::Vm(args) => vm::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -34,6 +34,13 @@ pub(crate) fn run(cmd: &mut Command) -> Result<()> {
 
 /// Runs `cmd` and returns what it printed to standard output, without the final newline.
 pub(crate) fn capture(cmd: &mut Command) -> Result<String> {
+    let text = String::from_utf8(capture_bytes(cmd)?)
+        .with_context(|| format!("output of {} is not UTF-8", line(cmd)))?;
+    Ok(text.trim_end().to_owned())
+}
+
+/// Runs `cmd` and returns what it wrote to standard output.
+pub(crate) fn capture_bytes(cmd: &mut Command) -> Result<Vec<u8>> {
     let output = cmd
         .stdin(Stdio::null())
         .output()
@@ -46,9 +53,7 @@ pub(crate) fn capture(cmd: &mut Command) -> Result<String> {
             String::from_utf8_lossy(&output.stderr).trim_end()
         );
     }
-    let text = String::from_utf8(output.stdout)
-        .with_context(|| format!("output of {} is not UTF-8", line(cmd)))?;
-    Ok(text.trim_end().to_owned())
+    Ok(output.stdout)
 }
 
 /// Runs `cmd` behind a progress line that shows `label` and the latest line of output.

@@ -1,0 +1,127 @@
+//! The first process of the machines that `cargo xtask vm` boots: sets the system up, runs the tests, powers off.
+//!
+//! Its last line on the console says whether everything passed. A panic ends process 1, on which the kernel panics
+//! and the machine stops without that line.
+
+use std::fs;
+use std::io::{Write as _, stdout};
+use std::path::Path;
+use std::process::ExitCode;
+use std::{env, process};
+
+use anyhow::{Context as _, Result, bail};
+use aya::maps::MapType;
+use aya::programs::ProgramType;
+use aya::sys::{is_map_supported, is_program_supported};
+use nix::kmod::init_module;
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::utsname::uname;
+use nix::unistd::sync;
+
+/// A test that `cargo xtask vm` can run by name.
+type Test = fn() -> Result<()>;
+
+fn main() -> ExitCode {
+    if process::id() != 1 {
+        eprintln!(
+            "vm-init mounts file systems and powers the machine off: it runs only as process 1 of `cargo xtask vm`"
+        );
+        return ExitCode::FAILURE;
+    }
+    let outcome = match run() {
+        Ok(()) => "PASS".to_owned(),
+        Err(error) => format!("FAIL: {error:#}"),
+    };
+    say(&outcome);
+    sync();
+    match reboot(RebootMode::RB_AUTOBOOT) {
+        Ok(never) => match never {},
+        Err(error) => {
+            say(&format!("reboot: {error}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A line on the console. A console that cannot be written to leaves nothing to be done about it.
+fn say(text: &str) {
+    let mut out = stdout();
+    let _written = writeln!(out, "svc-lb-vm: {text}").and_then(|()| out.flush());
+}
+
+fn run() -> Result<()> {
+    mount_file_systems()?;
+    let system = uname()?;
+    say(&format!(
+        "Linux {} {}",
+        system.release().display(),
+        system.machine().display()
+    ));
+    load_modules()?;
+    let wanted: Vec<String> = env::args().skip(1).collect();
+    let tests: &[(&str, Test)] = &[("check", check)];
+    if let Some(unknown) = wanted
+        .iter()
+        .find(|name| tests.iter().all(|(test, _)| test != name))
+    {
+        bail!("there is no test {unknown}");
+    }
+    for (name, test) in tests {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            test().with_context(|| (*name).to_owned())?;
+            say(&format!("{name} ok"));
+        }
+    }
+    Ok(())
+}
+
+/// What every init mounts.
+fn mount_file_systems() -> Result<()> {
+    for (kind, at) in [
+        ("proc", "/proc"),
+        ("sysfs", "/sys"),
+        ("devtmpfs", "/dev"),
+        ("bpf", "/sys/fs/bpf"),
+        ("cgroup2", "/sys/fs/cgroup"),
+        ("tmpfs", "/run"),
+        ("tmpfs", "/tmp"),
+    ] {
+        mount(Some(kind), at, Some(kind), MsFlags::empty(), None::<&Path>)
+            .with_context(|| format!("mount {kind} on {at}"))?;
+    }
+    Ok(())
+}
+
+/// Loads `/modules/*` in the order of their names.
+fn load_modules() -> Result<()> {
+    let mut files = fs::read_dir("/modules")?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<Vec<_>>>()?;
+    files.sort();
+    for file in &files {
+        let image = fs::read(file).with_context(|| format!("read {}", file.display()))?;
+        init_module(&image, c"").with_context(|| format!("load {}", file.display()))?;
+    }
+    say(&format!("{} modules loaded", files.len()));
+    Ok(())
+}
+
+/// The kernel has the program and map types that nothing works without.
+fn check() -> Result<()> {
+    for kind in [
+        ProgramType::Xdp,
+        ProgramType::SchedClassifier,
+        ProgramType::CgroupSockAddr,
+    ] {
+        if !is_program_supported(kind)? {
+            bail!("no {kind:?} programs");
+        }
+    }
+    for kind in [MapType::Array, MapType::LruHash, MapType::RingBuf] {
+        if !is_map_supported(kind)? {
+            bail!("no {kind:?} maps");
+        }
+    }
+    Ok(())
+}
