@@ -196,3 +196,120 @@ fn in_map_section(file: &object::File<'_>, section: Option<SectionIndex>) -> boo
         .and_then(|index| file.section_by_index(index).ok())
         .is_some_and(|section| matches!(section.name(), Ok("maps" | ".maps")))
 }
+
+#[cfg(test)]
+mod tests {
+    use object::write::{Object, Relocation, StandardSection, Symbol, SymbolId, SymbolSection};
+    use object::{
+        Architecture, BinaryFormat, Endianness, RelocationFlags, SymbolFlags, SymbolScope, elf,
+    };
+
+    use super::*;
+
+    const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+    /// A call of the function behind the next instruction.
+    const CALL: [u8; 8] = [0x85, 0x10, 0, 0, 1, 0, 0, 0];
+
+    /// An object with a licence and, in `.text`, the given function of two instructions.
+    fn object_with(name: &str, code: [[u8; 8]; 2]) -> Object<'static> {
+        let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
+        let licence = object.add_section(vec![], b"license".to_vec(), SectionKind::Data);
+        object.append_section_data(licence, b"GPL\0", 1);
+        function(&mut object, name, code);
+        object
+    }
+
+    fn function(object: &mut Object<'_>, name: &str, code: [[u8; 8]; 2]) -> SymbolId {
+        let text = object.section_id(StandardSection::Text);
+        let id = object.add_symbol(symbol(name, SymbolSection::Section(text)));
+        object.add_symbol_data(id, text, code.as_flattened(), 8);
+        id
+    }
+
+    fn symbol(name: &str, section: SymbolSection) -> Symbol {
+        Symbol {
+            name: name.as_bytes().to_vec(),
+            value: 0,
+            size: 0,
+            kind: SymbolKind::Text,
+            scope: SymbolScope::Linkage,
+            weak: false,
+            section,
+            flags: SymbolFlags::None,
+        }
+    }
+
+    fn complaint(object: &Object<'_>) -> String {
+        check(&object.write().unwrap()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn sound_objects_pass() {
+        let mut object = object_with("tc_ingress", [EXIT, EXIT]);
+        let maps = object.add_section(vec![], b"maps".to_vec(), SectionKind::Data);
+        let map = object.add_symbol(symbol("fifteen_letters", SymbolSection::Section(maps)));
+        object.add_symbol_data(map, maps, &[0; 4], 4);
+        check(&object.write().unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_panic_path_is_named_with_its_caller() {
+        let mut object = object_with("tc_ingress", [CALL, EXIT]);
+        function(
+            &mut object,
+            "_ZN4core9panicking5panic17h0123456789abcdefE",
+            [EXIT, EXIT],
+        );
+        let complaint = complaint(&object);
+        assert!(
+            complaint.contains("core::panicking::panic (called from tc_ingress)"),
+            "{complaint}"
+        );
+    }
+
+    #[test]
+    fn cold_code_is_found() {
+        let mut object = object_with("tc_ingress", [EXIT, EXIT]);
+        object.add_section(vec![], b".text.unlikely.".to_vec(), SectionKind::Text);
+        assert!(complaint(&object).contains("section .text.unlikely."));
+    }
+
+    #[test]
+    fn undefined_functions_are_named_with_their_caller() {
+        let mut object = object_with("xdp_ingress", [CALL, EXIT]);
+        let missing = object.add_symbol(symbol("bpf_skb_ct_lookup", SymbolSection::Undefined));
+        let text = object.section_id(StandardSection::Text);
+        let relocation = Relocation {
+            offset: 0,
+            symbol: missing,
+            addend: 0,
+            flags: RelocationFlags::Elf {
+                r_type: elf::R_BPF_64_32,
+            },
+        };
+        object.add_relocation(text, relocation).unwrap();
+        // Adding the relocation writes its addend over the instruction.
+        object.section_mut(text).data_mut()[..8].copy_from_slice(&CALL);
+        let complaint = complaint(&object);
+        assert!(
+            complaint.contains("bpf_skb_ct_lookup (called from xdp_ingress) is undefined"),
+            "{complaint}"
+        );
+    }
+
+    #[test]
+    fn long_map_names_are_found() {
+        let mut object = object_with("tc_ingress", [EXIT, EXIT]);
+        let maps = object.add_section(vec![], b".maps".to_vec(), SectionKind::Data);
+        let map = object.add_symbol(symbol("sixteen_letters_", SymbolSection::Section(maps)));
+        object.add_symbol_data(map, maps, &[0; 4], 4);
+        assert!(complaint(&object).contains("map sixteen_letters_: 16 characters"));
+    }
+
+    #[test]
+    fn a_missing_licence_is_found() {
+        let mut object = Object::new(BinaryFormat::Elf, Architecture::Bpf, Endianness::Little);
+        function(&mut object, "tc_ingress", [EXIT, EXIT]);
+        assert!(complaint(&object).contains("section license is missing"));
+    }
+}
