@@ -27,7 +27,7 @@ const INIT: &str = "vm-init";
 /// Boot Debian kernels in QEMU and check that svc-lb works on them.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask vm all              5.10, 6.1, 6.12 and the newest\n  cargo xtask vm 5.10             one kernel\n  cargo xtask vm 5.10 -- load     one test: check, load or clusterip\n\nConsoles are kept in target/vm/<kernel>/console.log."
+    after_help = "Examples:\n  cargo xtask vm all              5.10, 6.1, 6.12 and the newest\n  cargo xtask vm 5.10             one kernel\n  cargo xtask vm 5.10 -- lab      one test of the init (tests/src/bin/vm-init.rs)\n\nConsoles are kept in target/vm/<kernel>/console.log."
 )]
 pub(crate) struct Args {
     /// Kernels to boot.

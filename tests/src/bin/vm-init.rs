@@ -18,6 +18,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::utsname::uname;
 use nix::unistd::sync;
+use svc_lb_tests::lab::client::Client;
+use svc_lb_tests::lab::{Family, Lab, server};
 
 /// A test that `cargo xtask vm` can run by name.
 type Test = fn() -> Result<()>;
@@ -60,7 +62,7 @@ fn run() -> Result<()> {
     ));
     load_modules()?;
     let wanted: Vec<String> = env::args().skip(1).collect();
-    let tests: &[(&str, Test)] = &[("check", check)];
+    let tests: &[(&str, Test)] = &[("check", check), ("lab", lab)];
     if let Some(unknown) = wanted
         .iter()
         .find(|name| tests.iter().all(|(test, _)| test != name))
@@ -121,6 +123,34 @@ fn check() -> Result<()> {
     for kind in [MapType::Array, MapType::LruHash, MapType::RingBuf] {
         if !is_map_supported(kind)? {
             bail!("no {kind:?} maps");
+        }
+    }
+    Ok(())
+}
+
+/// Namespaces, veth pairs, a bridge and their routing work before the agent comes in.
+fn lab() -> Result<()> {
+    let lab = Lab::builder()
+        .name("vm")
+        .routed("a")
+        .bridged("b")
+        .clients(1)
+        .build()?;
+    let mut servers = Vec::new();
+    for pod in lab.pods() {
+        servers.push(server::http(pod.ns(), pod.name(), 8080)?);
+    }
+    for source in [lab.pod("a").ns(), lab.pod("b").ns(), lab.client(0).ns()] {
+        for pod in lab.pods() {
+            for family in Family::BOTH {
+                let to = pod.addr().socket(family, 8080);
+                let hit = Client::of(source)
+                    .hit(to)
+                    .with_context(|| format!("{} to {to}", source.name()))?;
+                if hit != pod.name() {
+                    bail!("{to} is {}, but {hit} answered", pod.name());
+                }
+            }
         }
     }
     Ok(())
