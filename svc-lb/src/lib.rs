@@ -3,4 +3,5 @@
 pub mod compile;
 pub mod dataplane;
 pub mod model;
+pub mod node;
 pub mod source;

@@ -14,9 +14,15 @@ use svc_lb_common::guard;
 use svc_lb_common::service::{Frontend, FrontendKey, Service};
 use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
 
+pub mod attach;
+pub mod clsact;
+pub mod edges;
 pub mod faulty;
 pub mod kernel;
+pub mod loader;
 pub mod memory;
+pub mod pins;
+pub mod sizes;
 pub mod sys;
 
 /// What can go wrong with a map, by operation and object.

@@ -1,0 +1,87 @@
+//! Facts about this node from netlink: interfaces, addresses, default routes.
+
+mod read;
+mod watch;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::IpAddr;
+
+use serde::Serialize;
+use thiserror::Error;
+
+pub use read::{everything as read, requests};
+pub use watch::{Watcher, watch};
+
+/// Why the node's facts cannot be had.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum NodeError {
+    #[error("open a netlink socket")]
+    Socket(#[source] io::Error),
+    #[error("list the node's {what} over netlink")]
+    List {
+        what: &'static str,
+        source: Box<rtnetlink::Error>,
+    },
+}
+
+/// Link-layer header of an interface's frames.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LinkLayer {
+    /// Ethernet.
+    Ethernet,
+    /// The loopback interface.
+    Loopback,
+    /// None or another one: wireguard, tun, ipip and the like.
+    Other,
+}
+
+/// One interface.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+pub struct Link {
+    /// Interface index.
+    pub index: u32,
+    /// Name.
+    pub name: String,
+    /// The kernel's name of a virtual kind: veth, bridge, wireguard; none for hardware.
+    pub kind: Option<String>,
+    /// What its frames begin with.
+    pub layer: LinkLayer,
+    /// Its own MAC address; zero where it has none.
+    pub mac: [u8; 6],
+    /// Interface index of its master: the bridge it is a port of, the bond it is part of.
+    pub master: Option<u32>,
+    /// The XDP program on it.
+    pub xdp: Option<AttachedXdp>,
+}
+
+/// An XDP program on an interface.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+pub struct AttachedXdp {
+    /// The kernel's id of the program.
+    pub program: u32,
+    /// In the driver, or in its hardware; otherwise generic.
+    pub native: bool,
+}
+
+/// The node at one moment.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Node {
+    /// Interfaces by index.
+    pub links: BTreeMap<u32, Link>,
+    /// Local addresses but those of the loopback networks: where NodePorts are served.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Interfaces that a default route of the main table leaves through.
+    pub default_routes: BTreeSet<u32>,
+}
+
+impl Node {
+    /// The bridge that a link is a port of.
+    #[must_use]
+    pub fn bridge_of(&self, link: &Link) -> Option<&Link> {
+        let master = self.links.get(&link.master?)?;
+        (master.kind.as_deref() == Some("bridge")).then_some(master)
+    }
+}
