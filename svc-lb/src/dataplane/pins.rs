@@ -375,16 +375,24 @@ pub fn replace(fd: impl std::os::fd::AsFd, path: &Path) -> Result<(), PinError> 
     fs::rename(&fresh, path).map_err(|source| PinError::file("rename to", path, source))
 }
 
-/// Names in a directory; none where it is missing.
+/// Names in a directory; none where it is missing. Names with a dot are the kernel's own
+/// (`maps.debug`): nobody else can make them on a BPF file system.
 fn entries(dir: &Path) -> Result<Vec<String>, PinError> {
+    let failed = |source| PinError::file("read", dir, source);
     let read = match fs::read_dir(dir) {
         Ok(read) => read,
         Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(PinError::file("read", dir, source)),
+        Err(source) => return Err(failed(source)),
     };
-    read.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-        .collect::<io::Result<_>>()
-        .map_err(|source| PinError::file("read", dir, source))
+    let mut names = Vec::new();
+    for entry in read {
+        let name = entry.map_err(failed)?.file_name();
+        let name = name.to_string_lossy();
+        if !name.contains('.') {
+            names.push(name.into_owned());
+        }
+    }
+    Ok(names)
 }
 
 fn remove_dir(dir: &Path) -> Result<(), PinError> {
@@ -404,7 +412,7 @@ fn on_bpffs(path: &Path) -> bool {
 
 /// Whether the agent mounted the BPF file system at `path`.
 fn mounted_by_us(path: &Path) -> bool {
-    let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") else {
+    let Ok(mounts) = fs::read_to_string("/proc/thread-self/mountinfo") else {
         return false;
     };
     mounts.lines().any(|line| is_our_mount(line, path))
@@ -424,7 +432,7 @@ fn is_our_mount(line: &str, path: &Path) -> bool {
 
 fn mount_namespace_is_private() -> bool {
     let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt"));
-    match (namespace("self"), namespace("1")) {
+    match (namespace("thread-self"), namespace("1")) {
         (Ok(own), Ok(init)) => own != init,
         (own, init) => {
             debug!(?own, ?init, "cannot compare mount namespaces");
