@@ -16,7 +16,7 @@ use svc_lb::dataplane::clsact;
 use svc_lb::dataplane::edges::{Choice, EdgeSettings, XdpMode, choose};
 use svc_lb::dataplane::loader::{self, Loaded};
 use svc_lb::dataplane::pins::{LinkName, Linked, Pins};
-use svc_lb::dataplane::sizes::Sizes;
+use svc_lb::dataplane::sizes::MapSizes;
 use svc_lb::dataplane::sys;
 use svc_lb::node;
 use svc_lb_common::config::Config;
@@ -74,7 +74,7 @@ fn settings(xdp: XdpMode) -> EdgeSettings {
 }
 
 fn load(pins: &Pins) -> Result<Loaded> {
-    let sizes = Sizes::for_memory(0);
+    let sizes = MapSizes::for_memory(0);
     Ok(loader::load(&loader::Settings {
         object: loader::object()?,
         pins,

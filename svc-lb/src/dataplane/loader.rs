@@ -220,7 +220,7 @@ impl Programs {
 /// sizes, and the kernel would then copy more bytes than the program's value holds.
 ///
 /// Returns the entries of the maps that exist and fit.
-fn adopt(object: &[u8], pins: &Pins, sizes: &Sizes) -> Result<BTreeMap<String, u32>, LoadError> {
+fn adopt(object: &[u8], pins: &Pins, sizes: &MapSizes) -> Result<BTreeMap<String, u32>, LoadError> {
     let wanted: BTreeMap<String, aya_obj::Map> =
         aya_obj::Object::parse(object)?.maps.into_iter().collect();
     let mut adopted = BTreeMap::new();
