@@ -51,6 +51,19 @@ impl Dual {
         }
     }
 
+    /// Both addresses from text, as Kubernetes objects list them, in any order.
+    #[must_use]
+    pub fn parse<'a>(ips: impl IntoIterator<Item = &'a str>) -> Option<Self> {
+        let (mut v4, mut v6) = (None, None);
+        for ip in ips {
+            match ip.parse().ok()? {
+                IpAddr::V4(ip) => v4 = Some(ip),
+                IpAddr::V6(ip) => v6 = Some(ip),
+            }
+        }
+        Some(Self::new(v4?, v6?))
+    }
+
     /// The address of one family with a port.
     #[must_use]
     pub const fn socket(self, family: Family, port: u16) -> SocketAddr {
@@ -130,12 +143,7 @@ const fn net(v4: [u8; 4], v4_len: u8, v6: [u16; 8], v6_len: u8) -> DualNet {
 }
 
 /// The nodes' network: router .1, node-a .11, node-b .12.
-pub const NODES: DualNet = net(
-    [172, 31, 0, 0],
-    24,
-    [0xfd00, 0x172, 0x31, 0, 0, 0, 0, 0],
-    64,
-);
+pub const NODES: DualNet = net([192, 0, 2, 0], 24, [0x2001, 0xdb8, 0, 0, 0, 0, 0, 0], 64);
 /// The outside clients' network: router .1, clients from .10 on.
 pub const OUTSIDE: DualNet = net(
     [203, 0, 113, 0],
@@ -168,23 +176,29 @@ pub const PODS_B: DualNet = net(
 pub const SERVICES: DualNet = net([10, 96, 0, 0], 16, [0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0], 112);
 /// LoadBalancer addresses; the router sends them to node-a.
 pub const LB_POOL: DualNet = net(
-    [192, 0, 2, 0],
+    [198, 51, 100, 0],
     24,
-    [0x2001, 0xdb8, 0x1b, 0, 0, 0, 0, 0],
+    [0x2001, 0xdb8, 0x100, 0, 0, 0, 0, 0],
     112,
 );
 /// Addresses for `externalIPs`; the router sends them to node-a.
 pub const EXTERNAL: DualNet = net(
-    [198, 51, 100, 0],
+    [198, 18, 0, 0],
     24,
-    [0x2001, 0xdb8, 0xe, 0, 0, 0, 0, 0],
+    [0x2001, 0xdb8, 0x18, 0, 0, 0, 0, 0],
     112,
 );
 
 /// Node-a, the node under test.
-pub const NODE_A: Dual = NODES.nth(11);
+pub const NODE_A: Dual = Dual::new(
+    Ipv4Addr::new(192, 0, 2, 11),
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x11),
+);
 /// Node-b.
-pub const NODE_B: Dual = NODES.nth(12);
+pub const NODE_B: Dual = Dual::new(
+    Ipv4Addr::new(192, 0, 2, 12),
+    Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x12),
+);
 /// The router's address in the nodes' network.
 pub const ROUTER_NODES: Dual = NODES.nth(1);
 /// The router's address in the outside network.

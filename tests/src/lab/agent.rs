@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -57,8 +58,8 @@ impl AgentConfig {
 
 /// The agent of node-a. Dropping it kills it and detaches everything.
 #[derive(Debug)]
-pub struct AgentProcess<'a> {
-    node: &'a Namespace,
+pub struct AgentProcess {
+    node: Arc<Namespace>,
     config: AgentConfig,
     binary: PathBuf,
     pin_dir: PathBuf,
@@ -68,11 +69,11 @@ pub struct AgentProcess<'a> {
     process: Option<Process>,
 }
 
-impl<'a> AgentProcess<'a> {
+impl AgentProcess {
     /// Starts the agent on node-a and waits until it is ready.
-    pub fn start(lab: &'a Lab, config: AgentConfig) -> Result<Self> {
+    pub fn start(lab: &Lab, config: AgentConfig) -> Result<Self> {
         let mut agent = Self {
-            node: lab.node_a(),
+            node: lab.node_a_shared(),
             config,
             binary: binary()?,
             pin_dir: lab.run().pin_dir(),
@@ -246,7 +247,7 @@ impl<'a> AgentProcess<'a> {
     }
 }
 
-impl Drop for AgentProcess<'_> {
+impl Drop for AgentProcess {
     fn drop(&mut self) {
         if let Err(error) = self.detach() {
             eprintln!("lab: {error:#}");

@@ -17,9 +17,11 @@ pub mod agent;
 pub mod bpf;
 pub mod capture;
 pub mod client;
+pub mod crowd;
 mod ethtool;
 pub mod netlink;
 pub mod netns;
+pub mod objects;
 pub mod process;
 pub mod run;
 pub mod server;
@@ -29,9 +31,7 @@ pub use addresses::{Dual, Family};
 pub use agent::AgentProcess;
 pub use bpf::KernelState;
 pub use netns::Namespace;
-pub use topology::{
-    Attach, BRIDGE, Lab, LabBuilder, NodeName, Outside, POD_INTERFACES, Pod, UPLINK,
-};
+pub use topology::{Attach, BRIDGE, Host, Lab, LabBuilder, NodeName, POD_INTERFACES, Pod, UPLINK};
 
 /// Environment variable that lets tests which need root be skipped without it.
 pub const SKIP_ROOT: &str = "SVC_LB_TEST_SKIP_ROOT";
@@ -54,4 +54,25 @@ pub fn privileged() -> bool {
     );
     eprintln!("skipped: needs root");
     false
+}
+
+/// Tries until `condition` gives a value, at most for `limit`.
+///
+/// # Panics
+/// With the last reason why not.
+pub fn eventually<T>(
+    what: &str,
+    limit: std::time::Duration,
+    mut condition: impl FnMut() -> anyhow::Result<T>,
+) -> T {
+    let deadline = std::time::Instant::now() + limit;
+    loop {
+        match condition() {
+            Ok(value) => return value,
+            Err(error) if std::time::Instant::now() >= deadline => {
+                panic!("{what}: not within {limit:?}: {error:#}")
+            }
+            Err(_) => std::thread::sleep(std::time::Duration::from_millis(10)),
+        }
+    }
 }

@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::addresses::{
     BRIDGED, Dual, DualNet, EXTERNAL, Family, LB_POOL, NODE_A, NODE_B, OUTSIDE, PODS_A, PODS_B,
@@ -123,14 +126,21 @@ impl Pod {
     }
 }
 
-/// An outside client: a namespace behind the router.
+/// A machine that is no node: an outside client behind the router, a server beside the nodes.
 #[derive(Debug)]
-pub struct Outside {
+pub struct Host {
+    name: String,
     addr: Dual,
     namespace: Namespace,
 }
 
-impl Outside {
+impl Host {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Its addresses.
     #[must_use]
     pub fn addr(&self) -> Dual {
@@ -159,6 +169,7 @@ pub struct LabBuilder {
     test: String,
     pods: Vec<PodSpec>,
     clients: u16,
+    machines: Vec<(String, Dual)>,
     node_b: bool,
     rp_filter: u8,
     uplink_offload: bool,
@@ -198,6 +209,13 @@ impl LabBuilder {
     #[must_use]
     pub fn clients(mut self, count: u16) -> Self {
         self.clients += count;
+        self
+    }
+
+    /// Adds a machine that is no node to the nodes' network.
+    #[must_use]
+    pub fn machine(mut self, name: &str, addr: Dual) -> Self {
+        self.machines.push((name.to_owned(), addr));
         self
     }
 
@@ -257,8 +275,9 @@ impl LabBuilder {
 pub struct Lab {
     // In the order in which they are dropped.
     pods: BTreeMap<String, Pod>,
-    clients: Vec<Outside>,
-    node_a: Namespace,
+    clients: Vec<Host>,
+    machines: BTreeMap<String, Host>,
+    node_a: Arc<Namespace>,
     node_b: Option<Namespace>,
     router: Namespace,
     dir: PathBuf,
@@ -273,6 +292,7 @@ impl Lab {
             test: thread::current().name().unwrap_or("lab").to_owned(),
             pods: Vec::new(),
             clients: 0,
+            machines: Vec::new(),
             node_b: false,
             rp_filter: 0,
             uplink_offload: false,
@@ -295,6 +315,10 @@ impl Lab {
     #[must_use]
     pub fn node_a(&self) -> &Namespace {
         &self.node_a
+    }
+
+    pub(super) fn node_a_shared(&self) -> Arc<Namespace> {
+        Arc::clone(&self.node_a)
     }
 
     /// The second node.
@@ -337,10 +361,22 @@ impl Lab {
     /// # Panics
     /// If there are fewer.
     #[must_use]
-    pub fn client(&self, n: usize) -> &Outside {
+    pub fn client(&self, n: usize) -> &Host {
         match self.clients.get(n) {
             Some(client) => client,
             None => panic!("this lab has no client {n}"),
+        }
+    }
+
+    /// A machine beside the nodes by name.
+    ///
+    /// # Panics
+    /// If there is none of this name.
+    #[must_use]
+    pub fn machine(&self, name: &str) -> &Host {
+        match self.machines.get(name) {
+            Some(host) => host,
+            None => panic!("this lab has no machine {name}"),
         }
     }
 
@@ -379,6 +415,7 @@ impl Lab {
     }
 
     fn make(spec: LabBuilder, machine: Option<&Machine>) -> Result<Self> {
+        raise_file_limit()?;
         let run = Run::start(machine)?;
         let dir = run::scratch(&spec.test)?;
         let router = host(&run, "net", 0)?;
@@ -404,7 +441,8 @@ impl Lab {
         let mut lab = Self {
             pods: BTreeMap::new(),
             clients: Vec::new(),
-            node_a,
+            machines: BTreeMap::new(),
+            node_a: Arc::new(node_a),
             node_b,
             router,
             dir,
@@ -412,6 +450,10 @@ impl Lab {
         };
         for n in 0..spec.clients {
             lab.make_client(n)?;
+        }
+        for (name, addr) in spec.machines {
+            let machine = lab.make_host("nodes", name.clone(), addr, ROUTER_NODES)?;
+            lab.machines.insert(name, machine);
         }
         for pod in spec.pods {
             lab.make_pod(pod)?;
@@ -431,15 +473,24 @@ impl Lab {
             self.router.netlink().bridge("outside")?;
             assign(self.router.netlink(), "outside", ROUTER_OUTSIDE, 24, 64)?;
         }
-        let name = format!("client-{n}");
         let addr = OUTSIDE.nth(FIRST + n);
-        let namespace = host(&self.run, &name, 0)?;
-        cable(&self.router, "outside", &name, &namespace)?;
-        assign(namespace.netlink(), UPLINK, addr, 24, 64)?;
-        default_route(namespace.netlink(), UPLINK, ROUTER_OUTSIDE)?;
-        namespace.run(|| ethtool::tx_checksum_off(UPLINK))?;
-        self.clients.push(Outside { addr, namespace });
+        let client = self.make_host("outside", format!("client-{n}"), addr, ROUTER_OUTSIDE)?;
+        self.clients.push(client);
         Ok(())
+    }
+
+    /// A host on one of the router's bridges; its own offload is off, as it plays the outside world.
+    fn make_host(&self, bridge: &str, name: String, addr: Dual, gateway: Dual) -> Result<Host> {
+        let namespace = host(&self.run, &name, 0)?;
+        cable(&self.router, bridge, &name, &namespace)?;
+        assign(namespace.netlink(), UPLINK, addr, 24, 64)?;
+        default_route(namespace.netlink(), UPLINK, gateway)?;
+        namespace.run(|| ethtool::tx_checksum_off(UPLINK))?;
+        Ok(Host {
+            name,
+            addr,
+            namespace,
+        })
     }
 
     fn make_pod(&mut self, spec: PodSpec) -> Result<()> {
@@ -499,6 +550,12 @@ impl Lab {
             .find(|addr| self.pods.values().all(|pod| pod.addr != *addr))
             .context("no free pod address")
     }
+}
+
+/// Thousands of connections have both their ends in this process.
+fn raise_file_limit() -> Result<()> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("read the limit of open files")?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).context("raise the limit of open files")
 }
 
 /// A namespace in which IPv6 addresses are usable at once.

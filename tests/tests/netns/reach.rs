@@ -1,0 +1,243 @@
+//! Every frontend from everywhere.
+
+use svc_lb_tests::lab::client::Client;
+use svc_lb_tests::lab::objects::{Protocol, Service};
+use svc_lb_tests::lab::{Attach, Family, Lab, NodeName, privileged};
+
+use crate::cluster::{
+    CLUSTER_IP, ECHO, FROM_OUTSIDE, FROM_PODS, Frontend, HTTP, NODE_PORT, Source, cluster_ip,
+    each_family, everywhere, inside, reaches, serve, serve_all, settles, start, start_with,
+};
+
+fn lab() -> Lab {
+    Lab::builder()
+        .routed("r1")
+        .bridged("b1")
+        .remote("far")
+        .routed("client-r")
+        .bridged("client-b")
+        .clients(1)
+        .build()
+        .unwrap()
+}
+
+/// A1, A5, A9, B1, B4, B5, C11: pods reach every backend through every frontend, over both families and protocols.
+/// C10 as well: the pods that serve are clients too.
+#[test]
+fn pods_reach_every_frontend() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let pods = ["r1", "b1", "far"].map(|name| lab.pod(name));
+    let (_manifests, _agent) = start(&lab, &[everywhere("web").pods(pods)]);
+    for source in ["client-r", "client-b", "r1", "b1"] {
+        for frontend in FROM_PODS {
+            for family in Family::BOTH {
+                let source = Source::pod(&lab, source);
+                reaches(source, frontend, family, &["r1", "b1", "far"]);
+            }
+        }
+    }
+}
+
+/// A9, B1, B4, B5, and ours in place of C1: outside clients reach this node's backends, which see the clients' own
+/// addresses.
+#[test]
+fn outside_clients_reach_local_backends() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let pods = ["r1", "b1", "far"].map(|name| lab.pod(name));
+    let (_manifests, _agent) = start(&lab, &[everywhere("web").pods(pods)]);
+    for frontend in FROM_OUTSIDE {
+        for family in Family::BOTH {
+            reaches(Source::outside(&lab, 0), frontend, family, &["r1", "b1"]);
+        }
+    }
+}
+
+/// The same through the XDP program, which a veth gets only in generic mode or when asked.
+#[test]
+fn outside_clients_reach_local_backends_with_xdp() {
+    if !privileged() {
+        return;
+    }
+    for mode in ["generic", "native"] {
+        let lab = lab();
+        let _servers = serve_all(&lab);
+        let pods = ["r1", "b1"].map(|name| lab.pod(name));
+        let services = [everywhere("web").pods(pods)];
+        let (_manifests, _agent) = start_with(&lab, &services, |config| config.xdp(mode));
+        for frontend in FROM_OUTSIDE {
+            for family in Family::BOTH {
+                reaches(Source::outside(&lab, 0), frontend, family, &["r1", "b1"]);
+            }
+        }
+    }
+}
+
+/// C2, C4, C7: with externalTrafficPolicy Local outside clients keep to this node, pods use the whole cluster.
+#[test]
+fn local_policy_is_for_outside_clients() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let service = everywhere("web")
+        .spec("externalTrafficPolicy", "Local".into())
+        .pods(["r1", "far"].map(|name| lab.pod(name)));
+    let (_manifests, _agent) = start(&lab, &[service]);
+    for frontend in FROM_OUTSIDE {
+        for family in Family::BOTH {
+            reaches(Source::outside(&lab, 0), frontend, family, &["r1"]);
+            reaches(
+                Source::pod(&lab, "client-r"),
+                frontend,
+                family,
+                &["r1", "far"],
+            );
+        }
+    }
+}
+
+/// C6: with internalTrafficPolicy Local a ClusterIP leads to this node's endpoints only.
+#[test]
+fn internal_local_policy_keeps_to_the_node() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let service = everywhere("web")
+        .spec("internalTrafficPolicy", "Local".into())
+        .pods(["r1", "b1", "far"].map(|name| lab.pod(name)));
+    let (_manifests, _agent) = start(&lab, &[service]);
+    for family in Family::BOTH {
+        let source = Source::pod(&lab, "client-r");
+        reaches(source, CLUSTER_IP, family, &["r1", "b1"]);
+        reaches(source, NODE_PORT, family, &["r1", "b1", "far"]);
+    }
+}
+
+/// A6: each named port of a service leads to its own target port.
+#[test]
+fn named_ports_lead_to_their_own_targets() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder()
+        .routed("r1")
+        .routed("client-r")
+        .build()
+        .unwrap();
+    let pod = lab.pod("r1");
+    let _servers = [
+        svc_lb_tests::lab::server::http(pod.ns(), "first", 8001).unwrap(),
+        svc_lb_tests::lab::server::http(pod.ns(), "second", 8002).unwrap(),
+    ];
+    let service = Service::new("ports", cluster_ip(1))
+        .port("one", Protocol::Tcp, 80, 8001)
+        .port("two", Protocol::Tcp, 81, 8002)
+        .pods([pod]);
+    let (_manifests, _agent) = start(&lab, &[service]);
+    let client = Client::of(lab.pod("client-r").ns());
+    each_family(|family| {
+        for (port, expected) in [(80, "first"), (81, "second")] {
+            assert_eq!(client.hit(cluster_ip(1).socket(family, port))?, expected);
+        }
+        Ok(())
+    });
+}
+
+/// C10: a pod reaches itself through its service when it is the only backend, routed and bridged.
+#[test]
+fn hairpin() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder().routed("r1").bridged("b1").build().unwrap();
+    let _servers = serve_all(&lab);
+    for name in ["r1", "b1"] {
+        let (_manifests, _agent) = start(&lab, &[everywhere("web").pods([lab.pod(name)])]);
+        for frontend in FROM_PODS {
+            for family in Family::BOTH {
+                reaches(Source::pod(&lab, name), frontend, family, &[name]);
+            }
+        }
+    }
+}
+
+/// A pod whose interface appears while the agent runs is served as client and as backend at once.
+#[test]
+fn pods_that_come_later_are_served() {
+    if !privileged() {
+        return;
+    }
+    let mut lab = Lab::builder().routed("r1").clients(1).build().unwrap();
+    let mut servers = serve_all(&lab);
+    let (manifests, _agent) = start(&lab, &[everywhere("web").pods([lab.pod("r1")])]);
+    for (name, attach) in [("late-r", Attach::Routed), ("late-b", Attach::Bridged)] {
+        servers.push(serve(lab.add_pod(name, NodeName::A, attach).unwrap()));
+    }
+    let pods = ["late-r", "late-b"].map(|name| lab.pod(name));
+    manifests.write(&[everywhere("web").pods(pods)]).unwrap();
+    for source in ["late-r", "late-b"] {
+        for family in Family::BOTH {
+            let to = CLUSTER_IP.addr.socket(family, CLUSTER_IP.echo);
+            settles(Client::of(lab.pod(source).ns()), to, &["late-r", "late-b"]);
+        }
+    }
+    crate::cluster::leaves(
+        Client::of(lab.pod("late-r").ns()),
+        CLUSTER_IP.addr.socket(Family::V4, CLUSTER_IP.echo),
+        &["r1"],
+    );
+    for family in Family::BOTH {
+        for name in ["late-r", "late-b"] {
+            let source = Source::pod(&lab, name);
+            reaches(source, CLUSTER_IP, family, &["late-r", "late-b"]);
+        }
+        reaches(
+            Source::outside(&lab, 0),
+            NODE_PORT,
+            family,
+            &["late-r", "late-b"],
+        );
+    }
+}
+
+/// A8: endpoints that are no pods: a machine in the nodes' network.
+#[test]
+fn endpoints_outside_the_cluster() {
+    if !privileged() {
+        return;
+    }
+    let addr = svc_lb_tests::lab::addresses::NODES.nth(50);
+    let lab = Lab::builder()
+        .routed("client-r")
+        .bridged("client-b")
+        .machine("legacy", addr)
+        .build()
+        .unwrap();
+    let legacy = lab.machine("legacy");
+    let _servers = [
+        svc_lb_tests::lab::server::http(legacy.ns(), "legacy", HTTP).unwrap(),
+        svc_lb_tests::lab::server::tcp_echo(legacy.ns(), "legacy", ECHO).unwrap(),
+        svc_lb_tests::lab::server::udp_echo(legacy.ns(), "legacy", crate::cluster::UDP).unwrap(),
+    ];
+    let (_manifests, _agent) = start(&lab, &[inside("legacy", 80).elsewhere(addr)]);
+    for source in ["client-r", "client-b"] {
+        for family in Family::BOTH {
+            let frontend = Frontend {
+                addr: cluster_ip(80),
+                ..CLUSTER_IP
+            };
+            reaches(Source::pod(&lab, source), frontend, family, &["legacy"]);
+        }
+    }
+}
