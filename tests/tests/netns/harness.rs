@@ -77,7 +77,6 @@ fn killed_runs_are_swept() {
     let name = Path::new(NAMESPACES).join(format!("{}{dead}-pod", run::PREFIX));
     fs::create_dir_all(LOCKS).unwrap();
     fs::create_dir_all(NAMESPACES).unwrap();
-    fs::write(Path::new(LOCKS).join(format!("{dead}.lock")), "").unwrap();
     fs::write(&name, "").unwrap();
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -92,6 +91,8 @@ fn killed_runs_are_swept() {
             .unwrap();
         });
     });
+    // Last: from here on any lab on this machine may sweep it.
+    fs::write(Path::new(LOCKS).join(format!("{dead}.lock")), "").unwrap();
 
     let lab = Lab::builder().routed("r1").build().unwrap();
     assert!(!name.exists(), "the dead run's namespace was not swept");
