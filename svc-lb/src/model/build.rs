@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc};
 use svc_lb_common::{Family, Protocol};
 
 use super::{
-    Conditions, Endpoint, EndpointPort, EndpointSlice, Object, ObjectName, Service, ServicePort,
-    ServiceType, TargetPort, TrafficPolicy, family_of,
+    Conditions, ContainerPort, Endpoint, EndpointPort, EndpointSlice, Object, ObjectName, Pod,
+    Service, ServicePort, ServiceType, TargetPort, TrafficPolicy, family_of,
 };
 
 /// `default/name`.
@@ -93,6 +93,24 @@ pub(crate) fn endpoint(address: &str, node: &str) -> Endpoint {
         conditions: Conditions::READY,
         node: Some(Arc::from(node)),
         hints: None,
+    }
+}
+
+/// A ready Pod of `node-a` with label `app`, that listens on 8080.
+pub(crate) fn pod(name: &str, app: &str, addresses: &[&str]) -> Pod {
+    Pod {
+        name: named(name),
+        labels: BTreeMap::from([("app".to_owned(), app.to_owned())]),
+        node: Some(Arc::from("node-a")),
+        addresses: addresses.iter().map(|text| ip(text)).collect(),
+        ready: true,
+        terminating: false,
+        finished: false,
+        ports: vec![ContainerPort {
+            name: "http".to_owned(),
+            protocol: Protocol::Tcp,
+            port: port(8080),
+        }],
     }
 }
 
