@@ -59,7 +59,7 @@ pub mod name {
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 19] = [
+    pub const PINNED: [&str; 20] = [
         GUARD,
         GUARD_PORT,
         GUARD_DIRECT,
@@ -78,11 +78,12 @@ pub mod name {
         EDGES,
         COUNTERS,
         BUCKET,
-        SCRATCH,
+        MET[0],
+        MET[1],
     ];
 
-    /// Per-CPU working memory of the programs.
-    pub const SCRATCH: &str = "scratch";
+    /// What is known of the packet on its walk; per CPU.
+    pub const MET: [&str; 2] = ["met4", "met6"];
 
     const _: () = {
         let mut i = 0;

@@ -92,6 +92,8 @@ pub(crate) fn bpf_cargo(subcommand: &str) -> Command {
             &format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH),
             "-Cdebuginfo=2",
             "-Clink-arg=--btf",
+            // 32-bit arithmetic and jumps: kernel 5.1 and later, and we begin at 5.10.
+            "-Ctarget-cpu=v3",
         ]
         .join("\x1f"),
     )

@@ -30,7 +30,7 @@ const SEED: &str = "seed";
 /// Lines of the verifier's log that an error shows.
 const LOG_TAIL: usize = 40;
 /// Maps whose content is worth nothing: where their shape has changed they are made anew.
-const DISPOSABLE: [&str; 3] = [name::COUNTERS, name::BUCKET, name::SCRATCH];
+const DISPOSABLE: [&str; 4] = [name::COUNTERS, name::BUCKET, name::MET[0], name::MET[1]];
 
 /// Why the programs cannot be loaded.
 #[derive(Debug, Error)]

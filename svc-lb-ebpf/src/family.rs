@@ -1,0 +1,169 @@
+//! One address family: its maps and its IP header. Everything else is written once for both.
+
+use aya_ebpf::maps::{Array, HashMap, LruHashMap};
+use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
+use svc_lb_common::affinity::{Affinity, AffinityKey};
+use svc_lb_common::backend::Backend;
+use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::service::{Frontend, FrontendKey};
+use svc_lb_common::{Addr4, Addr6, Address};
+
+use crate::config::config;
+use crate::maps;
+use crate::met::Met;
+
+mod sealed {
+    pub(crate) trait Sealed {}
+    impl Sealed for super::V4 {}
+    impl Sealed for super::V6 {}
+}
+
+/// An address family.
+pub(crate) trait Family: sealed::Sealed + Sized {
+    /// Its addresses.
+    type Addr: Address;
+    /// Length of the fixed header in bytes.
+    const HEADER: usize;
+    /// Offset of the source address in the header; the destination's follows.
+    const SOURCE: usize;
+    /// Its socket number, as in `bpf_fib_lookup`.
+    const AF: u8;
+
+    /// Where to note what is known of the packet.
+    fn met() -> Option<&'static mut Met<Self::Addr>>;
+    /// Whether the address lies in the node's service CIDR.
+    fn in_service_net(address: Self::Addr) -> bool;
+    /// Whether the node knows a service CIDR of this family.
+    fn has_service_net() -> bool;
+    /// Whether an ICMP error may be sent to this source (RFC 1122 3.2.2).
+    fn is_unicast(address: Self::Addr) -> bool;
+    /// The map of frontends.
+    fn frontends() -> &'static HashMap<FrontendKey<Self::Addr>, Frontend>;
+    /// The array of backends.
+    fn backends() -> &'static Array<Backend<Self::Addr>>;
+    /// Flows that are not confirmed yet.
+    fn opening() -> &'static LruHashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
+    /// Flows with traffic both ways.
+    fn established() -> &'static LruHashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
+    /// Session affinity.
+    fn affinity() -> &'static LruHashMap<AffinityKey<Self::Addr>, Affinity>;
+}
+
+/// IPv4.
+pub(crate) enum V4 {}
+/// IPv6.
+pub(crate) enum V6 {}
+
+impl Family for V4 {
+    type Addr = Addr4;
+    const HEADER: usize = Ipv4Hdr::LEN;
+    const SOURCE: usize = core::mem::offset_of!(Ipv4Hdr, src_addr);
+    const AF: u8 = 2;
+
+    #[inline(always)]
+    fn met() -> Option<&'static mut Met<Addr4>> {
+        let met = maps::MET4.get_ptr_mut(0)?;
+        // SAFETY: a per-CPU element; see `met` for why nobody else has it.
+        Some(unsafe { &mut *met })
+    }
+
+    #[inline(always)]
+    fn in_service_net(address: Addr4) -> bool {
+        Self::has_service_net() && address.0 & config!(service_mask4).0 == config!(service_net4).0
+    }
+
+    #[inline(always)]
+    fn has_service_net() -> bool {
+        config!(service_mask4).0 != 0
+    }
+
+    #[inline(always)]
+    fn is_unicast(address: Addr4) -> bool {
+        let first = u32::from_be(address.0) >> 24;
+        first != 0 && first < 224
+    }
+
+    #[inline(always)]
+    fn frontends() -> &'static HashMap<FrontendKey<Addr4>, Frontend> {
+        &maps::FRONTENDS4
+    }
+
+    #[inline(always)]
+    fn backends() -> &'static Array<Backend<Addr4>> {
+        &maps::BACKENDS4
+    }
+
+    #[inline(always)]
+    fn opening() -> &'static LruHashMap<FlowKey<Addr4>, Flow<Addr4>> {
+        &maps::OPENING4
+    }
+
+    #[inline(always)]
+    fn established() -> &'static LruHashMap<FlowKey<Addr4>, Flow<Addr4>> {
+        &maps::ESTABLISHED4
+    }
+
+    #[inline(always)]
+    fn affinity() -> &'static LruHashMap<AffinityKey<Addr4>, Affinity> {
+        &maps::AFFINITY4
+    }
+}
+
+impl Family for V6 {
+    type Addr = Addr6;
+    const HEADER: usize = Ipv6Hdr::LEN;
+    const SOURCE: usize = core::mem::offset_of!(Ipv6Hdr, src_addr);
+    const AF: u8 = 10;
+
+    #[inline(always)]
+    fn met() -> Option<&'static mut Met<Addr6>> {
+        let met = maps::MET6.get_ptr_mut(0)?;
+        // SAFETY: a per-CPU element; see `met` for why nobody else has it.
+        Some(unsafe { &mut *met })
+    }
+
+    #[inline(always)]
+    fn in_service_net(address: Addr6) -> bool {
+        let (net, mask) = (config!(service_net6).0, config!(service_mask6).0);
+        let [a, b, c, d] = address.0;
+        let [ma, mb, mc, md] = mask;
+        Self::has_service_net() && [a & ma, b & mb, c & mc, d & md] == net
+    }
+
+    #[inline(always)]
+    fn has_service_net() -> bool {
+        let [first, ..] = config!(service_mask6).0;
+        first != 0
+    }
+
+    #[inline(always)]
+    fn is_unicast(address: Addr6) -> bool {
+        let [first, ..] = address.0;
+        u32::from_be(first) >> 24 != 0xff && address != Addr6::UNSPECIFIED
+    }
+
+    #[inline(always)]
+    fn frontends() -> &'static HashMap<FrontendKey<Addr6>, Frontend> {
+        &maps::FRONTENDS6
+    }
+
+    #[inline(always)]
+    fn backends() -> &'static Array<Backend<Addr6>> {
+        &maps::BACKENDS6
+    }
+
+    #[inline(always)]
+    fn opening() -> &'static LruHashMap<FlowKey<Addr6>, Flow<Addr6>> {
+        &maps::OPENING6
+    }
+
+    #[inline(always)]
+    fn established() -> &'static LruHashMap<FlowKey<Addr6>, Flow<Addr6>> {
+        &maps::ESTABLISHED6
+    }
+
+    #[inline(always)]
+    fn affinity() -> &'static LruHashMap<AffinityKey<Addr6>, Affinity> {
+        &maps::AFFINITY6
+    }
+}

@@ -1,0 +1,124 @@
+//! Every map, with who writes it. Sizes are defaults; the agent sets them when it creates the maps.
+//!
+//! | map | kind | key -> value | written by | when full |
+//! | --- | --- | --- | --- | --- |
+//! | guard | array, mmapped | address hash -> 16 nibbles of hint bits | agent | - |
+//! | guard_port | array, mmapped | protocol and port -> bit | agent | - |
+//! | guard_direct | array, mmapped | address hash -> non-zero: direct flows go there | programs; cleared by the agent | - |
+//! | frontends4/6 | hash | address, port, protocol -> service, kind | agent | object refused |
+//! | services | array, mmapped | index -> ranges, flags, affinity timeout | agent | object refused |
+//! | slots | array, mmapped | position -> two backend ids | agent | object refused |
+//! | backends4/6 | array, mmapped | id -> address, port, generation, bits | agent | object refused |
+//! | opening4/6 | LRU hash | tuple, direction -> translation | programs | evicts |
+//! | established4/6 | LRU hash | the same | programs | evicts |
+//! | affinity4/6 | LRU hash | client, service -> backend, time | programs | evicts |
+//! | edges | hash | interface index -> kind, bridge, MAC | agent | interface refused |
+//! | counters | per-CPU array | hook and outcome, or event -> packets | programs | - |
+//! | bucket | per-CPU array | token bucket of generated packets | programs | - |
+//! | met4/6 | per-CPU array | what is known of the packet; nothing outlives it | programs | - |
+
+use core::arch::asm;
+
+use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use svc_lb_common::affinity::{Affinity, AffinityKey};
+use svc_lb_common::backend::Backend;
+use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::edge::Edge;
+use svc_lb_common::guard::PORT_WORDS;
+use svc_lb_common::limits;
+use svc_lb_common::outcome;
+use svc_lb_common::service::{Frontend, FrontendKey, Service};
+use svc_lb_common::{Addr4, Addr6};
+
+use crate::met::Met;
+
+#[map(name = "guard")]
+pub(crate) static GUARD: Array<u64> = Array::with_max_entries(limits::GUARD_WORDS, BPF_F_MMAPABLE);
+#[map(name = "guard_port")]
+pub(crate) static GUARD_PORT: Array<u64> = Array::with_max_entries(PORT_WORDS, BPF_F_MMAPABLE);
+#[map(name = "guard_direct")]
+pub(crate) static GUARD_DIRECT: Array<u64> =
+    Array::with_max_entries(limits::GUARD_DIRECT, BPF_F_MMAPABLE);
+#[map(name = "frontends4")]
+pub(crate) static FRONTENDS4: HashMap<FrontendKey<Addr4>, Frontend> =
+    HashMap::with_max_entries(limits::FRONTENDS, 0);
+#[map(name = "frontends6")]
+pub(crate) static FRONTENDS6: HashMap<FrontendKey<Addr6>, Frontend> =
+    HashMap::with_max_entries(limits::FRONTENDS, 0);
+#[map(name = "services")]
+pub(crate) static SERVICES: Array<Service> =
+    Array::with_max_entries(limits::SERVICES, BPF_F_MMAPABLE);
+#[map(name = "slots")]
+pub(crate) static SLOTS: Array<u64> = Array::with_max_entries(limits::SLOT_WORDS, BPF_F_MMAPABLE);
+#[map(name = "backends4")]
+pub(crate) static BACKENDS4: Array<Backend<Addr4>> =
+    Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map(name = "backends6")]
+pub(crate) static BACKENDS6: Array<Backend<Addr6>> =
+    Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map(name = "opening4")]
+pub(crate) static OPENING4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>> =
+    LruHashMap::with_max_entries(limits::OPENING, 0);
+#[map(name = "opening6")]
+pub(crate) static OPENING6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>> =
+    LruHashMap::with_max_entries(limits::OPENING, 0);
+#[map(name = "established4")]
+pub(crate) static ESTABLISHED4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>> =
+    LruHashMap::with_max_entries(limits::ESTABLISHED, 0);
+#[map(name = "established6")]
+pub(crate) static ESTABLISHED6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>> =
+    LruHashMap::with_max_entries(limits::ESTABLISHED, 0);
+#[map(name = "affinity4")]
+pub(crate) static AFFINITY4: LruHashMap<AffinityKey<Addr4>, Affinity> =
+    LruHashMap::with_max_entries(limits::AFFINITY, 0);
+#[map(name = "affinity6")]
+pub(crate) static AFFINITY6: LruHashMap<AffinityKey<Addr6>, Affinity> =
+    LruHashMap::with_max_entries(limits::AFFINITY, 0);
+#[map(name = "edges")]
+pub(crate) static EDGES: HashMap<u32, Edge> = HashMap::with_max_entries(limits::EDGES, 0);
+#[map(name = "counters")]
+pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(outcome::COUNTERS, 0);
+#[map(name = "bucket")]
+pub(crate) static BUCKET: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
+
+#[map(name = "met4")]
+pub(crate) static MET4: PerCpuArray<Met<Addr4>> = PerCpuArray::with_max_entries(1, 0);
+#[map(name = "met6")]
+pub(crate) static MET6: PerCpuArray<Met<Addr6>> = PerCpuArray::with_max_entries(1, 0);
+
+/// A CPU's token bucket for generated packets.
+#[repr(C)]
+pub(crate) struct Bucket {
+    /// Jiffies64 of the latest refill.
+    pub(crate) filled: u64,
+    /// Tokens left, in packets times jiffies per second, so that no refill rounds to nothing.
+    pub(crate) tokens: u64,
+}
+
+/// Copies an array's element.
+#[inline(always)]
+pub(crate) fn read<T: Copy>(array: &Array<T>, index: u32) -> Option<T> {
+    let value = array.get_ptr(index)?;
+    // SAFETY: array elements live as long as the map.
+    Some(unsafe { snapshot(value) })
+}
+
+/// Copies a map value once: what is decided afterwards is decided on the copy, whatever becomes
+/// of the element. The agent changes array elements one aligned u64 at a time; values of hash
+/// maps carry a check word.
+///
+/// (A volatile read would do the same by way of the stack, which has no room for it.)
+///
+/// # Safety
+/// `value` points at a map value that stays mapped while the program runs.
+#[inline(always)]
+pub(crate) unsafe fn snapshot<T: Copy>(value: *const T) -> T {
+    // SAFETY: the caller's promise.
+    let copy = unsafe { *value };
+    // SAFETY: a move of a register to itself. It is said to change any memory, so nothing is read
+    // from the element again. (LLVM has no fences for BPF.)
+    unsafe { asm!("{0} = {0}", inout(reg) value => _, options(preserves_flags, nostack)) };
+    copy
+}

@@ -1,0 +1,90 @@
+//! What is known of the packet on its walk.
+//!
+//! Lives in a per-CPU element: the stack has 512 bytes for all frames together, and what the
+//! verifier reads back from a map it does not track, which keeps the number of paths small. One
+//! packet at a time is on a CPU: the hooks run with softirqs off, and redirects happen after the
+//! program.
+
+use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::{Address, Protocol};
+
+use crate::guard::Concern;
+use crate::parse::Transport;
+
+/// A packet whose headers have been read, and the flow it belongs to.
+#[repr(C)]
+pub(crate) struct Met<A: Address> {
+    /// Its tuple as it was met, and the direction.
+    pub(crate) key: FlowKey<A>,
+    /// The flow: found, or being opened.
+    pub(crate) flow: Flow<A>,
+    /// Key of the reverse entry of a flow being opened or promoted.
+    pub(crate) reverse_key: FlowKey<A>,
+    /// The reverse entry.
+    pub(crate) reverse: Flow<A>,
+    /// An entry that is in the way of it.
+    pub(crate) other: Flow<A>,
+    /// The hash that a new flow's decisions start from.
+    pub(crate) hash: u32,
+    /// Offset of the network header.
+    pub(crate) l3: u32,
+    /// Offset of the transport header.
+    pub(crate) l4: u32,
+    /// TCP flags; 0 for other protocols.
+    pub(crate) flags: u8,
+    /// Why it may concern us.
+    pub(crate) concern: Concern,
+    /// Non-zero: the flow being opened must have a translated source port.
+    pub(crate) translate_port: u8,
+}
+
+/// FIN of [`Met::flags`].
+pub(crate) const FIN: u8 = 1;
+/// SYN.
+pub(crate) const SYN: u8 = 1 << 1;
+/// RST.
+pub(crate) const RST: u8 = 1 << 2;
+/// ACK.
+pub(crate) const ACK: u8 = 1 << 4;
+
+impl<A: Address> Met<A> {
+    /// Notes what has been read.
+    #[inline(always)]
+    pub(crate) fn set(
+        &mut self,
+        (source, destination): (A, A),
+        l3: usize,
+        transport: &Transport,
+        direction: u8,
+    ) {
+        self.key = FlowKey::new(
+            source,
+            destination,
+            transport.source_port,
+            transport.destination_port,
+            transport.protocol as u8,
+            direction,
+        );
+        self.l3 = l3 as u32;
+        self.l4 = transport.l4 as u32;
+        self.flags = transport.flags;
+    }
+
+    /// Whether it is UDP; else it is TCP.
+    #[inline(always)]
+    pub(crate) fn is_udp(&self) -> bool {
+        self.key.protocol == Protocol::Udp as u8
+    }
+
+    /// A SYN that opens a connection.
+    #[inline(always)]
+    pub(crate) fn is_bare_syn(&self) -> bool {
+        is_bare_syn(self.flags)
+    }
+}
+
+/// Whether these TCP flags are a SYN's that opens a connection.
+#[inline(always)]
+pub(crate) fn is_bare_syn(flags: u8) -> bool {
+    flags & (SYN | ACK | RST | FIN) == SYN
+}

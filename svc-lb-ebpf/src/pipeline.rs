@@ -1,0 +1,275 @@
+//! The packet's walk: one straight function per direction.
+//!
+//! entry -> guard -> parse -> conntrack hit?  -> rewrite -> forward -> outcome
+//!                         `-> service -> select -> open -^
+
+use svc_lb_common::config::REJECT_NO_LOCAL;
+use svc_lb_common::conntrack::{INBOUND, OUTBOUND, flow, state};
+use svc_lb_common::edge::{POD, UPLINK, XDP};
+use svc_lb_common::outcome::{Event, Hook, Outcome};
+use svc_lb_common::service::{flag, kind};
+
+use crate::config::enabled;
+use crate::conntrack::{self, Entry};
+use crate::family::{V4, V6};
+use crate::forward::{self, Route};
+use crate::guard;
+use crate::met::Met;
+use crate::open;
+use crate::outcome::Verdict;
+use crate::packet::{Packet, Step, Wire};
+use crate::parse::{self, Fragment, Ip, Network, Walk};
+use crate::reject::{self, Unreachable};
+use crate::rewrite::{self, TimeToLive};
+use crate::select;
+use crate::service::{self, Aim, Target};
+use crate::stats;
+
+/// What the pipeline asks of a family.
+pub(crate) trait Stack: Walk<Addr: Wire> + Unreachable + TimeToLive + Route {}
+impl Stack for V4 {}
+impl Stack for V6 {}
+
+/// A packet that comes in at an edge: a client's, or a hairpin's answer.
+#[inline(always)]
+pub(crate) fn ingress<P: Packet>(packet: &P) -> Step<Verdict> {
+    match parse::network(packet)? {
+        Network::V4(l3) => inbound::<P, V4>(packet, l3),
+        Network::V6(l3) => inbound::<P, V6>(packet, l3),
+    }
+}
+
+/// A packet that leaves through an edge: a backend's answer on its way to the client.
+#[inline(always)]
+pub(crate) fn egress<P: Packet>(packet: &P) -> Step<Verdict> {
+    match parse::network(packet)? {
+        Network::V4(l3) => outbound::<P, V4>(packet, l3),
+        Network::V6(l3) => outbound::<P, V6>(packet, l3),
+    }
+}
+
+#[inline(never)]
+fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
+    let ip = parse::ip::<P, F>(packet, l3)?;
+    let concern = guard::inbound(&ip)?;
+    let payload = F::payload(packet, &ip)?;
+    if payload.fragment != Fragment::Whole {
+        // A pod that is a backend gets its own fragments; a frontend's are not tracked yet.
+        return Err(if concern.frontend() {
+            Outcome::Fragment
+        } else {
+            Outcome::NotOurs
+        });
+    }
+    let transport = parse::transport(packet, &payload)?;
+    guard::ports(concern, &ip, &transport)?;
+    let met = F::met().ok_or(Outcome::FlowInsert)?;
+    met.set((ip.source, ip.destination), l3, &transport, INBOUND);
+    met.concern = concern;
+    let entry = conntrack::find::<F>(&met.key, &mut met.flow);
+    let outcome = match &entry {
+        Some(entry) if !ended::<F>(met) => follow::<F>(met, entry),
+        _ => {
+            let interface = packet.interface();
+            let decision = decide::<F>(interface, packet.hook(), met, entry.is_some())?;
+            match (decision, &entry) {
+                (Decision::Open, _) => open::enter::<F>(met)?,
+                (Decision::Keep, Some(entry)) => follow::<F>(met, entry),
+                (Decision::Reject | Decision::Keep, _) => {
+                    return reject::port_unreachable::<P, F>(packet, met);
+                }
+            }
+        }
+    };
+    rewrite::translate::<P, F>(packet, met)?;
+    forward::inbound::<P, F>(packet, met, outcome)
+}
+
+/// Whether a packet that matches a forward entry nevertheless wants a new flow: a SYN after the
+/// connection is over or the backend is gone, or a datagram whose backend no longer serves.
+#[inline(always)]
+fn ended<F: Stack>(met: &Met<F::Addr>) -> bool {
+    let flow = &met.flow;
+    if flow.traits & (flow::REVERSE | flow::DIRECT) != 0 {
+        return false;
+    }
+    if met.is_udp() {
+        return !select::still_serves::<F>(flow.backend, flow.generation);
+    }
+    met.is_bare_syn()
+        && (state::closed(flow.state) || !select::still_serves::<F>(flow.backend, flow.generation))
+}
+
+/// A packet along a known flow.
+#[inline(always)]
+fn follow<F: Stack>(met: &mut Met<F::Addr>, entry: &Entry<F::Addr>) -> Outcome {
+    conntrack::follow::<F>(met, entry);
+    if conntrack::confirms(&met.flow, entry) {
+        conntrack::promote::<F>(met);
+    }
+    if entry.opening {
+        Outcome::ForwardOpening
+    } else {
+        Outcome::Forward
+    }
+}
+
+/// What to do with a packet that has no flow, or one that has ended. As wide as [`Outcome`]: undefined
+/// bytes in what is returned beside it would be whatever a register held, pointers too, and the
+/// verifier refuses arithmetic on those.
+#[repr(u32)]
+enum Decision {
+    /// Open the flow in `met.flow`.
+    Open,
+    /// Stay on the flow that should have ended.
+    Keep,
+    /// Reject it.
+    Reject,
+}
+
+/// Decides about a packet without a flow, or with one that has ended and is then in `met.flow`.
+#[inline(never)]
+fn decide<F: Stack>(
+    interface: u32,
+    hook: Hook,
+    met: &mut Met<F::Addr>,
+    ended: bool,
+) -> Step<Decision> {
+    let edge = forward::edge(interface);
+    let bits = edge.map_or(UPLINK, |edge| edge.bits);
+    let target = match service::find::<F>(met) {
+        Ok(Aim::Service(target)) => target,
+        Ok(Aim::UndefinedPort) => return Ok(Decision::Reject),
+        Err(Outcome::NoFrontend) => return direct::<F>(met, bits, hook),
+        Err(outcome) => return Err(outcome),
+    };
+    let from_pod = bits & POD != 0;
+    met.hash = select::hash(&met.key);
+    let Some(choice) = select::backend::<F>(&target, from_pod, met)? else {
+        if ended && met.is_udp() {
+            // Better an unwilling backend than none: the flow stays (SEMANTICS G1).
+            return Ok(Decision::Keep);
+        }
+        return nobody(&target);
+    };
+    if ended {
+        conntrack::forget::<F>(&met.key, &met.flow, &mut met.reverse_key);
+        if met.is_udp() {
+            stats::event(Event::Moved);
+        }
+    }
+    let hairpin = from_pod && choice.backend.address == met.key.source;
+    let bridged = edge.is_some_and(|edge| edge.bridge != 0);
+    met.flow.source = if hairpin {
+        met.key.destination
+    } else {
+        met.key.source
+    };
+    met.flow.destination = choice.backend.address;
+    met.flow.source_port = met.key.source_port;
+    met.flow.destination_port = choice.backend.port();
+    met.flow.backend = choice.id;
+    met.flow.service = target.index;
+    met.flow.generation = choice.backend.generation();
+    met.flow.traits = traits(hairpin, bridged, met.is_bare_syn(), &target);
+    // The pod's answer to a NodePort must get past the guard of the node's own ports.
+    met.translate_port = (hairpin && target.kind == kind::NODE_PORT as u32) as u8;
+    Ok(Decision::Open)
+}
+
+/// The traits of a new flow.
+#[inline(always)]
+fn traits(hairpin: bool, bridged: bool, syn: bool, target: &Target) -> u16 {
+    let mut traits = 0;
+    if hairpin {
+        traits |= flow::HAIRPIN;
+    }
+    if bridged {
+        traits |= flow::BRIDGED;
+    }
+    if syn {
+        traits |= flow::SYN;
+    }
+    if target.service.affinity_seconds() != 0 {
+        traits |= flow::AFFINE;
+    }
+    traits
+}
+
+/// No backend: rejected, or met with silence while other nodes have some (SEMANTICS 1.2).
+#[inline(always)]
+fn nobody(target: &Target) -> Step<Decision> {
+    if target.service.flags() & flag::HAS_ANY != 0 && !enabled(REJECT_NO_LOCAL) {
+        return Err(Outcome::NoLocalEndpoint);
+    }
+    Ok(Decision::Reject)
+}
+
+/// A packet sent directly to a backend: where a flow through a frontend has the same tuple behind
+/// it, the newcomer's source port is translated, so that their answers can be told apart.
+#[inline(always)]
+fn direct<F: Stack>(met: &mut Met<F::Addr>, edge: u32, hook: Hook) -> Step<Decision> {
+    // What XDP has translated arrives here as if it had been sent directly.
+    let seen_by_xdp = edge & XDP != 0 && hook != Hook::XdpIngress;
+    if !met.concern.backend() || !met.is_bare_syn() || seen_by_xdp {
+        return Err(Outcome::NoFrontend);
+    }
+    met.flow.source = met.key.source;
+    met.flow.destination = met.key.destination;
+    met.flow.source_port = met.key.source_port;
+    met.flow.destination_port = met.key.destination_port;
+    met.flow.backend = 0;
+    met.flow.service = 0;
+    met.flow.generation = 0;
+    met.flow.traits = flow::DIRECT | flow::SYN;
+    met.translate_port = 1;
+    conntrack::set_reverse(met);
+    match conntrack::find::<F>(&met.reverse_key, &mut met.other) {
+        Some(_) if !state::closed(met.other.state) => {}
+        Some(_) | None => return Err(Outcome::NotOurs),
+    }
+    met.hash = select::hash(&met.key);
+    Ok(Decision::Open)
+}
+
+#[inline(never)]
+fn outbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
+    let ip = parse::ip::<P, F>(packet, l3)?;
+    if guard::outbound_destination(&ip) {
+        untranslated(packet, &ip)?;
+    }
+    if !guard::outbound_source(&ip) {
+        return Err(Outcome::NotOurs);
+    }
+    let payload = F::payload(packet, &ip)?;
+    if payload.fragment == Fragment::Later {
+        return Err(Outcome::NotOurs);
+    }
+    let transport = parse::transport(packet, &payload)?;
+    let met = F::met().ok_or(Outcome::FlowInsert)?;
+    met.set((ip.source, ip.destination), l3, &transport, OUTBOUND);
+    let Some(entry) = conntrack::find::<F>(&met.key, &mut met.flow) else {
+        return Err(Outcome::NotOurs);
+    };
+    if payload.fragment != Fragment::Whole {
+        return Err(Outcome::Fragment);
+    }
+    if conntrack::is_foreign(met, &entry) {
+        stats::event(Event::Clash);
+        return Err(Outcome::NotOurs);
+    }
+    conntrack::follow::<F>(met, &entry);
+    rewrite::translate::<P, F>(packet, met)?;
+    Ok(Verdict::On(Outcome::Reverse))
+}
+
+/// A packet about to leave the node for a ClusterIP, which means nothing out there: dropped, never
+/// leaked. Towards pods it may pass: a pod may hold any address.
+#[inline(always)]
+fn untranslated<P: Packet, F: Stack>(packet: &P, ip: &Ip<F>) -> Step<()> {
+    let leaves = forward::edge(packet.interface()).is_some_and(|edge| edge.bits & UPLINK != 0);
+    if !leaves || !service::is_cluster_ip::<F>(ip.destination) {
+        return Ok(());
+    }
+    Err(Outcome::Untranslated)
+}

@@ -1,0 +1,183 @@
+//! Rejecting: the packet turns into the ICMP error about itself and goes back.
+
+use aya_ebpf::helpers::generated::bpf_jiffies64;
+use network_types::icmp::Icmpv4Hdr;
+use network_types::ip::Ipv4Hdr;
+use svc_lb_common::Address;
+use svc_lb_common::checksum::{fold, sum};
+use svc_lb_common::conntrack::FlowKey;
+use svc_lb_common::outcome::Outcome;
+
+use crate::config::config;
+use crate::family::{Family, V4, V6};
+use crate::maps::BUCKET;
+use crate::met::Met;
+use crate::outcome::Verdict;
+use crate::packet::{Packet, Step, Wire};
+use crate::rewrite;
+
+/// Length of an ICMP header, both versions.
+const ICMP: usize = Icmpv4Hdr::LEN;
+/// What follows the offending packet's headers in an error (RFC 792: 64 bits).
+const TRANSPORT: usize = 8;
+/// The longest part of the offending packet that is quoted, in 4-byte words: the longest IPv4
+/// header is 60 bytes, and IPv6 chains beyond that are cut.
+const MAX_QUOTED_WORDS: usize = 32;
+/// Hop count of what we send (RFC 1700's IPDEFTTL).
+const HOPS: u8 = 64;
+
+/// A family's port unreachable.
+pub(crate) trait Unreachable: Family {
+    /// IANA number of its ICMP.
+    const ICMP_PROTOCOL: u8;
+    /// Type and code: destination unreachable, port unreachable.
+    const ERROR: [u8; 2];
+    /// Writes the header of an error that quotes `quoted` bytes, but for the addresses.
+    fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()>;
+    /// What the ICMP checksum covers beside the message.
+    fn pseudo_sum(key: &FlowKey<Self::Addr>, quoted: usize) -> u32;
+}
+
+impl Unreachable for V4 {
+    const ICMP_PROTOCOL: u8 = 1;
+    const ERROR: [u8; 2] = [3, 3];
+
+    #[inline(always)]
+    fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()> {
+        let [l0, l1] = ((Ipv4Hdr::LEN + ICMP + quoted) as u16).to_be_bytes();
+        // Precedence: internetwork control, as Linux marks its errors (RFC 1812 4.3.2.5).
+        // Don't fragment: an atomic datagram needs no id (RFC 6864).
+        let mut start = [
+            0x45,
+            0xc0,
+            l0,
+            l1,
+            0,
+            0,
+            0x40,
+            0,
+            HOPS,
+            Self::ICMP_PROTOCOL,
+            0,
+            0,
+        ];
+        let addresses = met.key.source.word_sum() + met.key.destination.word_sum();
+        let check = !fold(sum(addresses, &start));
+        [start[10], start[11]] = check.to_ne_bytes();
+        packet.store(met.l3 as usize, &start)
+    }
+
+    #[inline(always)]
+    fn pseudo_sum(_key: &FlowKey<Self::Addr>, _quoted: usize) -> u32 {
+        0
+    }
+}
+
+impl Unreachable for V6 {
+    const ICMP_PROTOCOL: u8 = 58;
+    const ERROR: [u8; 2] = [1, 4];
+
+    #[inline(always)]
+    fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()> {
+        let [l0, l1] = ((ICMP + quoted) as u16).to_be_bytes();
+        packet.store(
+            met.l3 as usize,
+            &[0x60, 0, 0, 0, l0, l1, Self::ICMP_PROTOCOL, HOPS],
+        )
+    }
+
+    #[inline(always)]
+    fn pseudo_sum(key: &FlowKey<Self::Addr>, quoted: usize) -> u32 {
+        let [l0, l1] = ((ICMP + quoted) as u16).to_be_bytes();
+        sum(
+            key.source.word_sum() + key.destination.word_sum(),
+            &[l0, l1, 0, Self::ICMP_PROTOCOL],
+        )
+    }
+}
+
+/// Answers a packet for which there is nobody with a port unreachable, from the address it was
+/// sent to. The limit of generated packets and RFC 1122 3.2.2 decide whether it may be sent.
+#[inline(never)]
+pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
+    packet: &P,
+    met: &Met<F::Addr>,
+) -> Step<Verdict> {
+    let (source, destination) = (met.key.source, met.key.destination);
+    let [first, _] = packet.load::<[u8; 2]>(0)?;
+    let to_group = first & 1 != 0;
+    if to_group || !F::is_unicast(source) || !F::is_unicast(destination) {
+        return Err(Outcome::RejectSilent);
+    }
+    if !take_token() {
+        return Err(Outcome::RejectLimited);
+    }
+    let l3 = met.l3 as usize;
+    let words = ((met.l4 as usize - l3 + TRANSPORT) / 4).min(MAX_QUOTED_WORDS);
+    let quoted = words * 4;
+    let icmp = l3 + F::HEADER;
+    let message = icmp + ICMP;
+    packet.resize((message + quoted) as u32)?;
+    let body = move_back(packet, l3, message, words)?;
+    let [kind, code] = F::ERROR;
+    let total = sum(body + F::pseudo_sum(&met.key, quoted), &F::ERROR);
+    let header = Icmpv4Hdr {
+        type_: kind,
+        code,
+        check: (!fold(total)).to_ne_bytes(),
+        data: [0; 4],
+    };
+    packet.store(icmp, &header)?;
+    F::write_header(packet, met, quoted)?;
+    packet.store(l3 + F::SOURCE, &destination)?;
+    packet.store(l3 + F::SOURCE + size_of::<F::Addr>(), &source)?;
+    rewrite::swap(packet)?;
+    Ok(Verdict::Back(Outcome::Rejected))
+}
+
+/// Moves `words` 4-byte words from `from` to the later `to`, last first since they overlap, and
+/// returns the sum of their 16-bit words.
+#[inline(always)]
+fn move_back<P: Packet>(packet: &P, from: usize, to: usize, words: usize) -> Step<u32> {
+    let mut total = 0;
+    let mut left = MAX_QUOTED_WORDS;
+    while left > 0 {
+        left -= 1;
+        if left >= words {
+            continue;
+        }
+        let offset = left * 4;
+        let word = packet.load::<u32>(from + offset)?;
+        packet.store(to + offset, &word)?;
+        total += (word & 0xffff) + (word >> 16);
+    }
+    Ok(total)
+}
+
+/// Takes one packet from the CPU's bucket.
+#[inline(always)]
+fn take_token() -> bool {
+    let hz = config!(hz) as u64;
+    let full = config!(generate_burst) as u64 * hz;
+    let Some(bucket) = BUCKET.get_ptr_mut(0) else {
+        return false;
+    };
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_jiffies64() };
+    // SAFETY: a per-CPU element that no other program on this CPU changes at the same time.
+    let bucket = unsafe { &mut *bucket };
+    let idle = now.wrapping_sub(bucket.filled);
+    // A bucket idle long enough to be full is full; this also bounds the product.
+    let gained = if idle >= full {
+        full
+    } else {
+        idle * config!(generate_rate) as u64
+    };
+    bucket.filled = now;
+    bucket.tokens = bucket.tokens.saturating_add(gained).min(full);
+    if bucket.tokens < hz {
+        return false;
+    }
+    bucket.tokens -= hz;
+    true
+}

@@ -1,0 +1,9 @@
+//! Changing a packet: addresses, ports, TTL, MAC addresses.
+
+mod mac;
+mod nat;
+mod ttl;
+
+pub(crate) use self::mac::{set_destination, swap};
+pub(crate) use self::nat::translate;
+pub(crate) use self::ttl::TimeToLive;

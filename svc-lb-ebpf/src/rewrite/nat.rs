@@ -1,0 +1,73 @@
+//! Addresses and ports, with their checksums.
+
+use core::mem::offset_of;
+
+use network_types::ip::Ipv4Hdr;
+use network_types::tcp::TcpHdr;
+use network_types::udp::UdpHdr;
+use svc_lb_common::checksum::difference;
+use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::{Address, Family as Af};
+
+use crate::family::Family;
+use crate::met::Met;
+use crate::packet::{Packet, Step, TransportChecksum, Wire};
+
+/// Offset of the header checksum in an IPv4 header.
+const IP_CHECK: usize = offset_of!(Ipv4Hdr, check);
+/// Offset of the destination port; the source's is 0, in TCP and UDP alike.
+const DESTINATION_PORT: usize = offset_of!(UdpHdr, dst);
+
+/// Rewrites a packet's addresses and ports to its flow's.
+///
+/// Checksums go first: a kernel that refuses to change one leaves the packet as it was.
+#[inline(always)]
+pub(crate) fn translate<P: Packet, F: Family<Addr: Wire>>(
+    packet: &P,
+    met: &Met<F::Addr>,
+) -> Step<()> {
+    let Met { key, flow, .. } = met;
+    let (l3, l4) = (met.l3 as usize, met.l4 as usize);
+    let addresses = difference(
+        key.source.word_sum() + key.destination.word_sum(),
+        flow.source.word_sum() + flow.destination.word_sum(),
+    );
+    let v6 = F::Addr::FAMILY == Af::V6;
+    let check = if met.is_udp() {
+        offset_of!(UdpHdr, check)
+    } else {
+        offset_of!(TcpHdr, check)
+    };
+    let kind = TransportChecksum {
+        zero_is_none: met.is_udp() && !v6,
+        v6,
+    };
+    packet.update_transport_checksum(l4 + check, kind, addresses, port_difference(key, flow))?;
+    if !v6 {
+        packet.update_ip_checksum(l3 + IP_CHECK, addresses)?;
+    }
+    if flow.source != key.source {
+        packet.store(l3 + F::SOURCE, &flow.source)?;
+    }
+    if flow.destination != key.destination {
+        packet.store(l3 + F::SOURCE + size_of::<F::Addr>(), &flow.destination)?;
+    }
+    if flow.source_port != key.source_port {
+        packet.store(l4, &flow.source_port)?;
+    }
+    if flow.destination_port != key.destination_port {
+        packet.store(l4 + DESTINATION_PORT, &flow.destination_port)?;
+    }
+    Ok(())
+}
+
+/// The ports' part of the checksum's change; 0 where they stay.
+#[inline(always)]
+fn port_difference<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> u32 {
+    let old = key.source_port.0 as u32 + key.destination_port.0 as u32;
+    let new = flow.source_port.0 as u32 + flow.destination_port.0 as u32;
+    if old == new {
+        return 0;
+    }
+    difference(old, new)
+}

@@ -1,0 +1,93 @@
+//! Which Service a packet is for.
+
+use svc_lb_common::Protocol;
+use svc_lb_common::config::{DROP_UNALLOCATED, REJECT_UNDEFINED_PORT};
+use svc_lb_common::outcome::{Event, Outcome};
+use svc_lb_common::service::{Frontend, FrontendKey, Service, kind};
+
+use crate::config::enabled;
+use crate::family::Family;
+use crate::guard;
+use crate::maps::{SERVICES, read, snapshot};
+use crate::met::Met;
+use crate::packet::Step;
+use crate::stats;
+
+/// A frontend's service.
+pub(crate) struct Target {
+    /// Index of the service.
+    pub(crate) index: u32,
+    /// What the client's address is: see `service::kind`.
+    pub(crate) kind: u32,
+    /// The service.
+    pub(crate) service: Service,
+}
+
+/// What a packet that may be for a frontend is for.
+pub(crate) enum Aim {
+    /// A service.
+    Service(Target),
+    /// An undefined port of a ClusterIP: to be rejected.
+    UndefinedPort,
+}
+
+/// Finds the service: by address, port and protocol, then by NodePort.
+#[inline(always)]
+pub(crate) fn find<F: Family>(met: &Met<F::Addr>) -> Step<Aim> {
+    let (address, port) = (met.key.destination, met.key.destination_port);
+    let protocol = met.key.protocol;
+    if let Some(frontend) = lookup::<F>(&FrontendKey::new(address, port, protocol)) {
+        return target(&frontend);
+    }
+    if !met.concern.frontend() {
+        return Err(Outcome::NoFrontend);
+    }
+    let entry = lookup::<F>(&FrontendKey::address(address));
+    match entry {
+        Some(entry) if entry.kind == kind::NODE_PORT as u32 => {
+            let transport = Protocol::from_number(protocol).ok_or(Outcome::NoFrontend)?;
+            if !met.concern.node() || !guard::node_port(transport, port) {
+                return Err(Outcome::NoFrontend);
+            }
+            let key = FrontendKey::node_port(port, protocol);
+            target(&lookup::<F>(&key).ok_or(Outcome::NoFrontend)?)
+        }
+        Some(entry) if entry.kind == kind::CLUSTER_IP as u32 && enabled(REJECT_UNDEFINED_PORT) => {
+            Ok(Aim::UndefinedPort)
+        }
+        None if F::in_service_net(address) && enabled(DROP_UNALLOCATED) => {
+            Err(Outcome::Unallocated)
+        }
+        Some(_) | None => Err(Outcome::NoFrontend),
+    }
+}
+
+/// Whether an address is a ClusterIP.
+#[inline(always)]
+pub(crate) fn is_cluster_ip<F: Family>(address: F::Addr) -> bool {
+    lookup::<F>(&FrontendKey::address(address))
+        .is_some_and(|entry| entry.kind == kind::CLUSTER_IP as u32)
+}
+
+#[inline(always)]
+fn lookup<F: Family>(key: &FrontendKey<F::Addr>) -> Option<Frontend> {
+    let value = F::frontends().get_ptr(key)?;
+    // SAFETY: the element stays mapped while the program runs; that it may be given to another
+    // key under us is what the check word is for.
+    let frontend = unsafe { snapshot(value) };
+    if !frontend.belongs_to(key) {
+        stats::event(Event::CheckMismatch);
+        return None;
+    }
+    Some(frontend)
+}
+
+#[inline(always)]
+fn target(frontend: &Frontend) -> Step<Aim> {
+    let service = read(&SERVICES, frontend.service).ok_or(Outcome::BadBackend)?;
+    Ok(Aim::Service(Target {
+        index: frontend.service,
+        kind: frontend.kind,
+        service,
+    }))
+}

@@ -1,0 +1,25 @@
+//! Counters: per-CPU, one array, plain increments.
+
+use svc_lb_common::outcome::{Event, Hook, Outcome, counter};
+
+use crate::maps::COUNTERS;
+
+/// Counts a packet's outcome.
+#[inline(always)]
+pub(crate) fn outcome(hook: Hook, outcome: Outcome) {
+    add(counter(hook, outcome));
+}
+
+/// Counts an event.
+#[inline(always)]
+pub(crate) fn event(event: Event) {
+    add(event.index());
+}
+
+#[inline(always)]
+fn add(index: u32) {
+    if let Some(value) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: a per-CPU element that no other program on this CPU changes at the same time.
+        unsafe { *value = (*value).wrapping_add(1) };
+    }
+}
