@@ -130,6 +130,7 @@ pub(crate) fn follow<F: Family>(met: &mut Met<F::Addr>, entry: &Entry<F::Addr>) 
     if met.flow.state & bits == bits {
         return;
     }
+    met.flow.state |= bits;
     set_state(entry.element, bits);
     met.reverse_key = peer_key(met.key.protocol, &met.flow);
     let map = if entry.opening {

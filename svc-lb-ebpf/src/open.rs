@@ -26,7 +26,6 @@ const PORT_TRIES: u32 = 16;
 /// always what answers are translated with.
 #[inline(never)]
 pub(crate) fn enter<F: Family>(met: &mut Met<F::Addr>) -> Step<Outcome> {
-    met.flow.state = 0;
     met.flow.seen = conntrack::now();
     if met.translate_port == 0 && claim::<F>(met) {
         return insert_forward::<F>(met);
@@ -50,30 +49,22 @@ pub(crate) fn enter<F: Family>(met: &mut Met<F::Addr>) -> Step<Outcome> {
     Err(Outcome::PortsExhausted)
 }
 
-/// Claims the tuple behind the frontend by its reverse entry; false where it is taken. An entry
-/// that already names this client and frontend is ours; a closed connection's is taken over.
+/// Claims the tuple behind the frontend by its reverse entry; false where it is taken. A live entry
+/// that names this client and frontend is ours, with its state; a closed connection's is taken over.
 #[inline(never)]
 fn claim<F: Family>(met: &mut Met<F::Addr>) -> bool {
+    met.flow.state = 0;
     conntrack::set_reverse(met);
-    let Met {
-        reverse_key,
-        reverse,
-        other,
-        ..
-    } = met;
+    let Met { flow, reverse_key, reverse, other, .. } = met;
     if conntrack::find::<F>(reverse_key, other).is_some() {
-        if names_same_client(other, reverse) {
-            return true;
-        }
         if !state::closed(other.state) {
-            return false;
+            flow.state = other.state;
+            return names_same_client(other, reverse);
         }
         let mut peer = *reverse_key;
         conntrack::forget::<F>(reverse_key, other, &mut peer);
     }
-    F::opening()
-        .insert(&*reverse_key, &*reverse, NOEXIST)
-        .is_ok()
+    F::opening().insert(&*reverse_key, &*reverse, NOEXIST).is_ok()
 }
 
 #[inline(always)]
