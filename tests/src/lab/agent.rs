@@ -77,7 +77,7 @@ impl AgentProcess {
             config,
             binary: binary()?,
             pin_dir: lab.run().pin_dir(),
-            admin_socket: lab.dir().join("admin.sock"),
+            admin_socket: lab.run().admin_socket(),
             state_dir: lab.dir().join("state"),
             log: lab.dir().join("agent.log"),
             process: None,
@@ -115,13 +115,13 @@ impl AgentProcess {
         self.launch()
     }
 
-    /// Runs `svc-lb` with arguments in node-a's namespace, with this agent's admin socket where it is asked for by
-    /// `status`, `dump` and their like.
+    /// Runs `svc-lb` with arguments in node-a's namespace, for this agent's pins and admin socket.
     pub fn cli(&self, args: &[&str]) -> Result<Output> {
         let mut command = collected(&self.binary);
         command
             .args(args)
-            .env("SVC_LB_ADMIN_SOCKET", &self.admin_socket)
+            .arg("--pin-dir")
+            .arg(&self.pin_dir)
             .arg("--admin-socket")
             .arg(&self.admin_socket);
         self.node.start(command)?.output(PATIENCE)

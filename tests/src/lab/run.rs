@@ -77,6 +77,12 @@ impl Run {
         pin_dir(&self.id)
     }
 
+    /// The admin socket of the run's agent; short, as the paths of sockets must be.
+    #[must_use]
+    pub fn admin_socket(&self) -> PathBuf {
+        admin_socket(&self.id)
+    }
+
     /// The full name of one of the run's namespaces.
     #[must_use]
     pub fn namespace(&self, name: &str) -> String {
@@ -90,6 +96,7 @@ impl Drop for Run {
         if let Err(error) = remove_pins(&self.pin_dir()) {
             eprintln!("lab: {error:#}");
         }
+        let _gone = fs::remove_file(self.admin_socket());
         let _gone = fs::remove_file(&self.lock_path);
     }
 }
@@ -151,6 +158,10 @@ fn pin_dir(id: &str) -> PathBuf {
     Path::new(BPFFS).join(format!("svc-lb-{id}"))
 }
 
+fn admin_socket(id: &str) -> PathBuf {
+    Path::new(LOCKS).join(format!("{id}.sock"))
+}
+
 /// Removes everything that carries the name of a run that no longer lives. Returns the names of those runs.
 pub fn sweep() -> Result<Vec<String>> {
     let mut swept = Vec::new();
@@ -200,6 +211,7 @@ fn remove_run(id: &str) -> Result<()> {
                 .with_context(|| format!("remove namespace {}", path.display()))?;
         }
     }
+    let _gone = fs::remove_file(admin_socket(id));
     remove_pins(&pin_dir(id))
 }
 
