@@ -2,6 +2,19 @@
 #![no_std]
 #![no_main]
 #![feature(asm_experimental_arch)]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "offsets and helper arguments are small; the kernel's types are narrower than usize"
+)]
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "keys and values go to helpers from where they lie, not by way of the stack"
+)]
+#![expect(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "reading a field behind the context pointer counts as two"
+)]
 
 mod config;
 mod conntrack;
@@ -30,21 +43,21 @@ use crate::packet::{SkbPacket, XdpPacket};
 /// XDP on an uplink: packets from the network.
 #[xdp]
 pub(crate) fn xdp_ingress(ctx: XdpContext) -> u32 {
-    let packet = XdpPacket::new(ctx);
+    let packet = XdpPacket::new(&ctx);
     outcome::xdp(&packet, pipeline::ingress(&packet))
 }
 
 /// tc ingress of an edge: packets from a client, or a pod's answers to itself.
 #[classifier]
 pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
-    let packet = SkbPacket::new(ctx, Hook::TcIngress);
+    let packet = SkbPacket::new(&ctx, Hook::TcIngress);
     outcome::tc(&packet, pipeline::ingress(&packet))
 }
 
 /// tc egress of an edge: backends' answers on their way to the client.
 #[classifier]
 pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
-    let packet = SkbPacket::new(ctx, Hook::TcEgress);
+    let packet = SkbPacket::new(&ctx, Hook::TcEgress);
     outcome::tc(&packet, pipeline::egress(&packet))
 }
 

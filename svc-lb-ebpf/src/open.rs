@@ -55,7 +55,13 @@ pub(crate) fn enter<F: Family>(met: &mut Met<F::Addr>) -> Step<Outcome> {
 fn claim<F: Family>(met: &mut Met<F::Addr>) -> bool {
     met.flow.state = 0;
     conntrack::set_reverse(met);
-    let Met { flow, reverse_key, reverse, other, .. } = met;
+    let Met {
+        flow,
+        reverse_key,
+        reverse,
+        other,
+        ..
+    } = met;
     if conntrack::find::<F>(reverse_key, other).is_some() {
         if !state::closed(other.state) {
             flow.state = other.state;
@@ -64,7 +70,9 @@ fn claim<F: Family>(met: &mut Met<F::Addr>) -> bool {
         let mut peer = *reverse_key;
         conntrack::forget::<F>(reverse_key, other, &mut peer);
     }
-    F::opening().insert(&*reverse_key, &*reverse, NOEXIST).is_ok()
+    F::opening()
+        .insert(&*reverse_key, &*reverse, NOEXIST)
+        .is_ok()
 }
 
 #[inline(always)]

@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::generated::bpf_jiffies64;
 use network_types::icmp::Icmpv4Hdr;
 use network_types::ip::Ipv4Hdr;
-use svc_lb_common::Address;
+use svc_lb_common::Address as _;
 use svc_lb_common::checksum::{fold, sum};
 use svc_lb_common::conntrack::FlowKey;
 use svc_lb_common::outcome::Outcome;

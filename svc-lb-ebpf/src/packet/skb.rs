@@ -32,7 +32,7 @@ pub(crate) struct SkbPacket {
 impl SkbPacket {
     /// Wraps the program's context.
     #[inline(always)]
-    pub(crate) fn new(ctx: TcContext, hook: Hook) -> Self {
+    pub(crate) fn new(ctx: &TcContext, hook: Hook) -> Self {
         Self {
             ctx: ctx.as_ptr().cast(),
             hook,
@@ -46,7 +46,7 @@ impl SkbPacket {
             assert!(
                 size_of::<T>() > 1,
                 "the verifier learns nothing from `p < data_end`"
-            )
+            );
         };
         // Volatile keeps LLVM from handing `data` and `data_end` to callees as integers.
         // SAFETY: `ctx` is the context the kernel passed to this program.

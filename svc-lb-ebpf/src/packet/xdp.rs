@@ -20,7 +20,7 @@ pub(crate) struct XdpPacket {
 impl XdpPacket {
     /// Wraps the program's context.
     #[inline(always)]
-    pub(crate) fn new(ctx: XdpContext) -> Self {
+    pub(crate) fn new(ctx: &XdpContext) -> Self {
         Self {
             ctx: ctx.as_ptr().cast(),
         }
@@ -33,7 +33,7 @@ impl XdpPacket {
             assert!(
                 size_of::<T>() > 1,
                 "the verifier learns nothing from `p < data_end`"
-            )
+            );
         };
         // Volatile keeps LLVM from handing `data` and `data_end` to callees as integers.
         // SAFETY: `ctx` is the context the kernel passed to this program.
