@@ -12,6 +12,10 @@
     reason = "keys and values go to helpers from where they lie, not by way of the stack"
 )]
 #![expect(
+    clippy::needless_pass_by_value,
+    reason = "the entry macros pass the context by value"
+)]
+#![expect(
     clippy::multiple_unsafe_ops_per_block,
     reason = "reading a field behind the context pointer counts as two"
 )]
