@@ -1,8 +1,10 @@
 //! The svc-lb agent: keeps the BPF maps of one node equal to what the controller's stream says.
 
+pub mod cli;
 pub mod compile;
 pub mod dataplane;
 pub mod model;
 pub mod node;
+pub mod observe;
 pub mod source;
 pub mod standalone;

@@ -23,7 +23,7 @@ use super::sizes::MapSizes;
 use super::sys::ObjectKind;
 
 /// The name of the frozen global.
-const CONFIG: &str = "CONFIG";
+pub(super) const CONFIG: &str = "CONFIG";
 /// A pinned array of one u64 beside the programs' maps: the secret seed of selection. It must live
 /// exactly as long as the flows that were opened with it, hence a pin and not a file.
 const SEED: &str = "seed";
@@ -152,29 +152,9 @@ pub fn load(settings: &Settings<'_>) -> Result<Loaded, LoadError> {
         ..*config
     };
 
-    let mut ebpf = create(settings, &adopted, &config, VerifierLogLevel::STATS)?;
-    let mut by_hook = BTreeMap::new();
-    let mut xdp_refused = None;
-    for hook in Hook::ALL {
-        let program = match load_program(&mut ebpf, *hook) {
-            Ok(program) => program,
-            Err(LoadError::Refused { .. }) => {
-                // Once more, to hear the whole story.
-                let mut ebpf = create(settings, &adopted, &config, VerifierLogLevel::default())?;
-                match (load_program(&mut ebpf, *hook), hook) {
-                    (Ok(program), _) => program,
-                    (Err(error), Hook::XdpIngress) => {
-                        xdp_refused = Some(error);
-                        continue;
-                    }
-                    (Err(error), Hook::TcIngress | Hook::TcEgress) => return Err(error),
-                }
-            }
-            Err(error) => return Err(error),
-        };
-        pins::replace(&program.fd, &pins.program(hook.name()))?;
-        debug!(program = hook.name(), id = program.id, instructions = ?program.verified_instructions, "program loaded");
-        by_hook.insert(hook.name(), program);
+    let (programs, ebpf) = load_programs(|level| create(settings, &adopted, &config, level))?;
+    for (name, program) in &programs.by_hook {
+        pins::replace(&program.fd, &pins.program(name))?;
     }
     info!(
         pin_dir = %pins.base().display(),
@@ -183,14 +163,47 @@ pub fn load(settings: &Settings<'_>) -> Result<Loaded, LoadError> {
         "programs loaded"
     );
     Ok(Loaded {
-        programs: Programs {
-            by_hook,
-            xdp_refused,
-        },
+        programs,
         config,
         adopted: !adopted.is_empty(),
         ebpf,
     })
+}
+
+/// Loads all programs of what `create` makes. A refused program is tried once more with the
+/// verifier's whole log.
+pub(super) fn load_programs(
+    create: impl Fn(VerifierLogLevel) -> Result<Ebpf, LoadError>,
+) -> Result<(Programs, Ebpf), LoadError> {
+    let mut ebpf = create(VerifierLogLevel::STATS)?;
+    let mut programs = Programs {
+        by_hook: BTreeMap::new(),
+        xdp_refused: None,
+    };
+    for hook in Hook::ALL {
+        let loaded = match load_program(&mut ebpf, *hook) {
+            Err(LoadError::Refused { .. }) => {
+                load_program(&mut create(VerifierLogLevel::default())?, *hook)
+            }
+            other => other,
+        };
+        match (loaded, hook) {
+            (Ok(program), _) => {
+                debug!(
+                    program = hook.name(),
+                    id = program.id,
+                    instructions = program.verified_instructions,
+                    "program loaded"
+                );
+                programs.by_hook.insert(hook.name(), program);
+            }
+            (Err(error @ LoadError::Refused { .. }), Hook::XdpIngress) => {
+                programs.xdp_refused = Some(error);
+            }
+            (Err(error), _) => return Err(error),
+        }
+    }
+    Ok((programs, ebpf))
 }
 
 impl Programs {
@@ -419,7 +432,7 @@ fn jiffies_per_second() -> Result<u32, LoadError> {
 }
 
 /// Kernels before 5.11 charge maps and programs to RLIMIT_MEMLOCK.
-fn allow_locked_memory() {
+pub(super) fn allow_locked_memory() {
     if KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(5, 11, 0)) {
         return;
     }

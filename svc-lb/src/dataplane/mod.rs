@@ -22,6 +22,7 @@ pub mod kernel;
 pub mod loader;
 pub mod memory;
 pub mod pins;
+pub mod probe;
 pub mod sizes;
 pub mod sys;
 

@@ -73,6 +73,14 @@ impl MapSizes {
         Self(sizes)
     }
 
+    /// The least that each map can have: to try the programs.
+    #[must_use]
+    pub fn smallest() -> Self {
+        let Self(sizes) = Self::for_memory(0);
+        let smallest = sizes.into_keys().map(|name| (name, range(name).0));
+        Self(smallest.collect())
+    }
+
     /// Defaults for this machine with `overrides` applied.
     pub fn for_this_machine(overrides: &[SizeOverride]) -> io::Result<Self> {
         let mut sizes = Self::for_memory(machine_memory()?);

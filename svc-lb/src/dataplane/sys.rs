@@ -274,23 +274,26 @@ struct TestRun {
     duration: u32,
 }
 
-/// Loads a tc program of a few instructions, runs it once over a 64-byte packet of zeros and
-/// returns its verdict.
+/// Loads a program of a few instructions.
 ///
 /// # Errors
-/// EINVAL or EACCES if the verifier refuses the program.
-pub fn run_once(instructions: &[bpf_insn]) -> io::Result<u32> {
-    let mut load = ProgLoad {
-        prog_type: bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS as u32,
+/// EINVAL or EACCES if the verifier refuses it.
+pub fn prog_load(kind: bpf_prog_type, instructions: &[bpf_insn]) -> io::Result<OwnedFd> {
+    let mut attr = ProgLoad {
+        prog_type: kind as u32,
         insn_cnt: u32::try_from(instructions.len()).map_err(io::Error::other)?,
         insns: instructions.as_ptr().expose_provenance() as u64,
         license: c"GPL".as_ptr().expose_provenance() as u64,
     };
     // SAFETY: the kernel reads `insn_cnt` instructions and the terminated licence.
-    let program = unsafe { bpf(bpf_cmd::BPF_PROG_LOAD, &mut load) }.map(owned)?;
+    unsafe { bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr) }.map(owned)
+}
+
+/// Runs a tc program once over a 64-byte packet of zeros and returns its verdict.
+pub fn run_once(program: BorrowedFd<'_>) -> io::Result<u32> {
     let packet = [0u8; 64];
-    let mut run = TestRun {
-        prog_fd: raw(&program),
+    let mut attr = TestRun {
+        prog_fd: raw(program),
         retval: 0,
         data_size_in: 64,
         data_size_out: 0,
@@ -300,6 +303,6 @@ pub fn run_once(instructions: &[bpf_insn]) -> io::Result<u32> {
         duration: 0,
     };
     // SAFETY: the kernel reads the 64 bytes of the packet.
-    unsafe { bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut run) }?;
-    Ok(run.retval)
+    unsafe { bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr) }?;
+    Ok(attr.retval)
 }

@@ -1,5 +1,6 @@
 //! Facts about this node from netlink: interfaces, addresses, default routes.
 
+pub mod health;
 mod read;
 mod watch;
 

@@ -303,6 +303,29 @@ fn absent_is_none(result: io::Result<i32>) -> io::Result<Option<i32>> {
     }
 }
 
+/// Whether the kernel reads hashes in batches (5.6), tried on an empty one.
+pub fn has_batches() -> io::Result<bool> {
+    let hash = map_create(MapInfo {
+        kind: bpf_map_type::BPF_MAP_TYPE_HASH as u32,
+        key_size: 4,
+        value_size: 4,
+        max_entries: 1,
+        flags: 0,
+    })?;
+    let (mut key, mut value, mut next) = (0u32, 0u32, 0u32);
+    let mut attr = BatchCall::new(hash.as_fd(), 1)?;
+    attr.out_batch = (&raw mut next).expose_provenance() as u64;
+    attr.keys = (&raw mut key).expose_provenance() as u64;
+    attr.values = (&raw mut value).expose_provenance() as u64;
+    // SAFETY: the kernel writes at most one position, one key and one value, each of 4 bytes.
+    match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) } {
+        Ok(_) => Ok(true),
+        Err(error) if is_absent(&error) => Ok(true),
+        Err(error) if no_batches(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Whether the kernel, or this kind of map, has no batch calls (before 5.6).
 fn no_batches(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EINVAL | ENOTSUPP))

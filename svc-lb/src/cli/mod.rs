@@ -1,0 +1,122 @@
+//! The command line: one file for each subcommand.
+
+mod args;
+mod check;
+mod completions;
+mod detach;
+mod output;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::dataplane::pins::{self, Pins};
+use crate::observe::logging::{self, LogFormat};
+
+/// Exit codes. clap's own is 2: the command line is wrong.
+mod exit {
+    /// Something failed; the message says what.
+    pub(super) const FAILED: u8 = 1;
+    /// `check`: it works, but not all of it.
+    pub(super) const DEGRADED: u8 = 3;
+    /// `check`: services cannot work.
+    pub(super) const UNUSABLE: u8 = 4;
+}
+
+/// Node-local load balancer for Kubernetes Services, in eBPF.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Everywhere")]
+struct Global {
+    /// Where programs, maps and links are pinned; each agent on a machine needs its own
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "SVC_LB_PIN_DIR",
+        default_value = pins::DEFAULT_DIR
+    )]
+    pin_dir: PathBuf,
+    /// Socket on which a running agent answers
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "SVC_LB_ADMIN_SOCKET",
+        default_value = "/run/svc-lb/admin.sock"
+    )]
+    admin_socket: PathBuf,
+    /// What to log, as tracing's filters: info, debug, warn,svc_lb::plan=debug
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILTER",
+        env = "SVC_LB_LOG",
+        default_value = "info"
+    )]
+    log: String,
+    /// What a log line looks like
+    #[arg(
+        long,
+        global = true,
+        value_name = "FORMAT",
+        env = "SVC_LB_LOG_FORMAT",
+        value_enum,
+        default_value_t
+    )]
+    log_format: LogFormat,
+}
+
+impl Global {
+    fn pins(&self) -> Pins {
+        Pins::new(&self.pin_dir)
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Check(check::Args),
+    Detach(detach::Args),
+    Completions(completions::Args),
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    match run(&command, &global) {
+        Ok(code) => code,
+        Err(error) => {
+            report(&error);
+            ExitCode::from(exit::FAILED)
+        }
+    }
+}
+
+fn run(command: &Command, global: &Global) -> Result<ExitCode> {
+    logging::start(&global.log, global.log_format)?;
+    match command {
+        Command::Check(args) => check::run(args, global),
+        Command::Detach(args) => detach::run(args, global),
+        Command::Completions(args) => completions::run(args),
+    }
+}
+
+/// An error with its causes, on standard error.
+fn report(error: &anyhow::Error) {
+    use std::io::Write as _;
+    let written = writeln!(std::io::stderr(), "svc-lb: {error:#}");
+    // Nobody is left to be told.
+    drop(written);
+}

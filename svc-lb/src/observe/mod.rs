@@ -1,0 +1,4 @@
+//! What the agent tells people: logs, findings, status.
+
+pub mod finding;
+pub mod logging;
