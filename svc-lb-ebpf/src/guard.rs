@@ -78,6 +78,9 @@ pub(crate) fn ports<F: Family>(concern: Concern, ip: &Ip<F>, transport: &Transpo
 /// Whether the port is a NodePort or one that translated sources have.
 #[inline(always)]
 pub(crate) fn node_port(protocol: Protocol, port: Be16) -> bool {
+    if (config!(snat_first)..=config!(snat_last)).contains(&port.get()) {
+        return true;
+    }
     let (word, bit) = guard::port_position(protocol, port.get());
     read(&GUARD_PORT, word).is_some_and(|word| word >> bit & 1 != 0)
 }

@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- | --- |
 //! | guard | array, mmapped | address hash -> 16 nibbles of hint bits | agent | - |
 //! | guard_port | array, mmapped | protocol and port -> bit | agent | - |
-//! | guard_direct | array, mmapped | address hash -> non-zero: direct flows go there | programs; cleared by the agent | - |
+//! | guard_direct | array, mmapped | address hash -> non-zero: direct flows go there | programs | stays set: a conntrack miss for packets to that address |
 //! | frontends4/6 | hash | address, port, protocol -> service, kind | agent | object refused |
 //! | services | array, mmapped | index -> ranges, flags, affinity timeout | agent | object refused |
 //! | slots | array, mmapped | position -> two backend ids | agent | object refused |
