@@ -1,8 +1,12 @@
 //! The agent's end: killed, restarted, detached.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::crowd::Crowd;
 use svc_lb_tests::lab::run::Machine;
@@ -191,6 +195,38 @@ fn detach_leaves_nothing_behind() {
     }
     let diff = before.settle(Duration::from_secs(10)).unwrap();
     assert!(diff.is_empty(), "after the lab:\n{diff}");
+}
+
+/// The demo killed in the middle of its tour, and interrupted there: everything is as before.
+#[test]
+fn ended_demo_leaves_nothing_behind() {
+    if !privileged() {
+        return;
+    }
+    for signal in [Signal::SIGKILL, Signal::SIGINT] {
+        let machine = Machine::alone().unwrap();
+        let before = KernelState::take().unwrap();
+        drop(machine);
+
+        let mut demo = Command::new(env!("CARGO_BIN_EXE_svc-lb-demo"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(demo.stdout.take().unwrap()).lines();
+        let called = lines.any(|line| line.unwrap().contains("kubia-2"));
+        assert!(called, "the demo ended without a call: {:?}", demo.wait());
+        let pid = Pid::from_raw(i32::try_from(demo.id()).unwrap());
+        kill(pid, signal).unwrap();
+        lines.for_each(drop);
+        let status = demo.wait().unwrap();
+        if signal == Signal::SIGINT {
+            assert_eq!(status.code(), Some(130));
+        }
+
+        let _machine = Machine::alone().unwrap();
+        let diff = before.settle(Duration::from_secs(10)).unwrap();
+        assert!(diff.is_empty(), "after {signal}:\n{diff}");
+    }
 }
 
 fn pin_names(agent: &svc_lb_tests::lab::AgentProcess) -> BTreeSet<String> {
