@@ -167,6 +167,18 @@ impl<'a> Client<'a> {
     }
 }
 
+/// Asks a DNS server with dig; the answer as `+short` prints it.
+pub fn dig(namespace: &Namespace, args: &[&str]) -> Result<String> {
+    let mut dig = collected("dig");
+    dig.args(["+short", "+time=2", "+tries=1"]).args(args);
+    let output = namespace.start(dig)?.output(PATIENCE * 2)?;
+    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    if !output.status.success() {
+        bail!("dig {}: {text}", args.join(" "));
+    }
+    Ok(text)
+}
+
 /// Which pod wrote an HTTP answer.
 pub fn pod_of(answer: &Answer) -> Result<String> {
     match answer.body.trim().strip_prefix("You've hit ") {
@@ -207,7 +219,8 @@ impl Echo {
         writeln!(self.stream.get_ref(), "{text}").with_context(|| format!("send {text:?}"))?;
         let answer = self.line()?;
         if answer != text {
-            bail!("sent {text:?}, got {answer:?} from {}", self.server);
+            let (sent, got) = (text.len(), answer.len());
+            bail!("sent {sent} bytes, got {got} others from {}", self.server);
         }
         Ok(())
     }
@@ -221,7 +234,7 @@ impl Echo {
         if read == 0 {
             bail!("{:?} closed the connection", self.server);
         }
-        Ok(line.trim_end().to_owned())
+        Ok(line.trim_end_matches('\n').to_owned())
     }
 }
 

@@ -112,10 +112,11 @@ impl Crowd {
     #[must_use]
     pub fn verify(&self) -> Vec<Broken> {
         let deadline = Instant::now() + PATIENCE * 2;
-        for member in &self.members {
-            let from = member.messages.load(Ordering::Relaxed);
+        let messages = |member: &Member| member.messages.load(Ordering::Relaxed);
+        let before: Vec<u64> = self.members.iter().map(|member| messages(member)).collect();
+        for (member, before) in self.members.iter().zip(before) {
             while !member.ended.load(Ordering::Relaxed)
-                && member.messages.load(Ordering::Relaxed) < from + 2
+                && messages(member) < before + 2
                 && Instant::now() < deadline
             {
                 thread::sleep(Duration::from_millis(5));

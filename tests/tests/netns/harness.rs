@@ -1,11 +1,16 @@
 //! The lab itself, without the agent.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::thread;
+use std::time::Duration;
 
-use svc_lb_tests::lab::client::Client;
+use svc_lb_tests::lab::capture::{Capture, SYN};
+use svc_lb_tests::lab::client::{Client, dig};
+use svc_lb_tests::lab::crowd::Crowd;
 use svc_lb_tests::lab::run::{LOCKS, NAMESPACES};
+use svc_lb_tests::lab::server::{self, Rule};
 use svc_lb_tests::lab::{Family, Lab, privileged, run};
 
 use crate::cluster::{ECHO, HTTP, UDP, serve_all};
@@ -49,6 +54,108 @@ fn plain_routing_reaches_every_pod() {
     }
 }
 
+/// What captures say of plain traffic: the right ends, and right checksums where the outside world computes them.
+#[test]
+fn captures_tell_addresses_and_checksums() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder().routed("r1").clients(1).build().unwrap();
+    let _servers = serve_all(&lab);
+    let (client, pod) = (lab.client(0).addr(), lab.pod("r1").addr());
+    for family in Family::BOTH {
+        let wire = Capture::start(lab.router(), "node-a").unwrap();
+        let mut echo = Client::of(lab.client(0).ns())
+            .echo(pod.socket(family, ECHO))
+            .unwrap();
+        echo.ping(&"long ".repeat(4000)).unwrap();
+        drop(echo);
+        thread::sleep(Duration::from_millis(50));
+        let seen = wire.stop().unwrap();
+        let tcp: Vec<_> = seen.iter().filter(|seen| seen.protocol == 6).collect();
+        assert!(tcp.iter().map(|seen| seen.payload).sum::<usize>() > 40_000);
+        assert!(tcp.iter().any(|seen| seen.flags & SYN != 0));
+        for seen in tcp {
+            let (from, to) = (seen.from.ip(), seen.to.ip());
+            assert!(client.contains(from) || pod.contains(from), "{seen:?}");
+            assert!(client.contains(to) || pod.contains(to), "{seen:?}");
+            assert!(seen.checksums_ok, "{seen:?}");
+        }
+    }
+}
+
+/// A crowd reports connections whose path is cut, and no others.
+#[test]
+fn crowds_notice_what_breaks() {
+    if !privileged() {
+        return;
+    }
+    let mut lab = Lab::builder()
+        .routed("stays")
+        .bridged("goes")
+        .routed("client-r")
+        .build()
+        .unwrap();
+    let servers = serve_all(&lab);
+    let open = |name: &str| {
+        let to = lab.pod(name).addr().socket(Family::V4, ECHO);
+        Crowd::open(lab.pod("client-r").ns(), to, 500).unwrap()
+    };
+    let (stays, goes) = (open("stays"), open("goes"));
+    assert!(stays.verify().is_empty() && goes.verify().is_empty());
+    lab.remove_pod("goes").unwrap();
+    assert_eq!(goes.verify().len(), 500);
+    assert!(stays.verify().is_empty());
+    assert_eq!(stays.servers().into_keys().collect::<Vec<_>>(), ["stays"]);
+    drop(servers);
+}
+
+/// The real servers answer at their pods' own addresses: nginx with TLS, dnsmasq over UDP and TCP.
+#[test]
+fn real_servers_answer() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder()
+        .routed("nginx")
+        .bridged("dns")
+        .routed("app")
+        .clients(1)
+        .build()
+        .unwrap();
+    let _app = serve_all(&lab);
+    let app = lab.pod("app").addr();
+    let records = BTreeMap::from([("app.test".to_owned(), app.of(Family::V4))]);
+    let _dns = server::dns(lab.pod("dns").ns(), "dns-1", &records).unwrap();
+    let rules = [Rule {
+        host: "app.test".to_owned(),
+        path: "/deep/".to_owned(),
+        upstream: app.socket(Family::V6, HTTP),
+    }];
+    let dir = lab.dir().join("nginx");
+    let _nginx = server::ingress(lab.pod("nginx").ns(), "nginx-1", &rules, &dir).unwrap();
+    let crt = dir.join("tls.crt").display().to_string();
+    let client = lab.client(0).ns();
+    for family in Family::BOTH {
+        let addr = lab.pod("nginx").addr().socket(family, 443).to_string();
+        let ip = addr.strip_suffix(":443").unwrap();
+        let resolve = format!("app.test:443:{ip}");
+        let url = "https://app.test/deep/page";
+        let answer = Client::of(client)
+            .curl_ok(&["--include", "--cacert", &crt, "--resolve", &resolve, url])
+            .unwrap();
+        assert!(answer.contains("You've hit app"), "{answer}");
+        assert!(answer.contains("Ingress: nginx-1"), "{answer}");
+        let server = format!("@{}", lab.pod("dns").addr().of(family));
+        for transport in ["+notcp", "+tcp"] {
+            let answer = dig(client, &[&server, transport, "app.test", "A"]).unwrap();
+            assert_eq!(answer, app.v4.to_string());
+        }
+        let who = dig(client, &[&server, "whoami.test", "TXT"]).unwrap();
+        assert_eq!(who, "\"dns-1\"");
+    }
+}
+
 /// Nothing answers at a service's addresses while no agent runs: the scenarios measure the agent.
 #[test]
 fn services_do_not_exist_without_the_agent() {
@@ -57,7 +164,7 @@ fn services_do_not_exist_without_the_agent() {
     }
     let lab = Lab::builder().routed("r1").routed("r2").build().unwrap();
     let _servers = serve_all(&lab);
-    let client = Client::of(lab.pod("r1").ns()).patience(std::time::Duration::from_millis(300));
+    let client = Client::of(lab.pod("r1").ns()).patience(Duration::from_millis(300));
     for frontend in crate::cluster::FROM_PODS {
         for family in Family::BOTH {
             let to = frontend.addr.socket(family, frontend.echo);

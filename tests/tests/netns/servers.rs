@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 
 use anyhow::ensure;
 use svc_lb_tests::lab::addresses::{LB_POOL, NODE_A};
-use svc_lb_tests::lab::client::Client;
+use svc_lb_tests::lab::client::{Client, dig};
 use svc_lb_tests::lab::objects::{Protocol, Service};
-use svc_lb_tests::lab::process::collected;
 use svc_lb_tests::lab::server::{Rule, dns, ingress};
-use svc_lb_tests::lab::{Family, Lab, Namespace, privileged};
+use svc_lb_tests::lab::{Family, Lab, privileged};
 
 use crate::cluster::{SERVICE_HTTP, cluster_ip, each_family, inside, serve, start};
 
@@ -48,20 +47,6 @@ fn dns_over_udp_and_tcp() {
         }
         Ok(())
     });
-}
-
-fn dig(source: &Namespace, args: &[&str]) -> anyhow::Result<String> {
-    let mut dig = collected("dig");
-    dig.args(["+short", "+time=2", "+tries=1"]).args(args);
-    let output = source
-        .start(dig)?
-        .output(std::time::Duration::from_secs(10))?;
-    ensure!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stdout)
-    );
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// An ingress as users run it: nginx with TLS, host and path rules, behind NodePort and LoadBalancer, in front of

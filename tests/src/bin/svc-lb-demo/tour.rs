@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use svc_lb_tests::lab::client::{Client, Http, pod_of};
-use svc_lb_tests::lab::process::{Process, collected};
+use svc_lb_tests::lab::client::{Client, Http, dig, pod_of};
+use svc_lb_tests::lab::process::Process;
 use svc_lb_tests::lab::server::{self, Rule, Server};
 use svc_lb_tests::lab::{AgentProcess, Family, Lab, Namespace};
 
@@ -481,15 +481,6 @@ fn connection_to(ns: &Namespace, addr: SocketAddr, pod: &str) -> Result<Http> {
         }
     }
     bail!("{pod} is not hit")
-}
-
-fn dig(ns: &Namespace, args: &[&str]) -> Result<String> {
-    let mut dig = collected("dig");
-    dig.args(["+short", "+time=2", "+tries=1"]).args(args);
-    let output = ns.start(dig)?.output(SOON)?;
-    let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    ensure!(output.status.success(), "{text}");
-    Ok(text)
 }
 
 /// Tries until it works, for a few seconds.
