@@ -86,6 +86,17 @@ pub enum Change {
     Resync,
     /// The list that began with the source or with `Resync` is complete.
     InitialListComplete,
+    /// All objects of one kind that the source has from now on, at once.
+    Replace {
+        /// The kind.
+        kind: Kind,
+        /// The objects.
+        objects: Vec<Object>,
+        /// Objects that the source named but that could not be read: they stay as they were.
+        unreadable: Vec<ObjectKey>,
+    },
+    /// The source named the object, but it could not be read: it stays as it was.
+    Unreadable(ObjectKey),
     /// The object is new or has changed.
     Upsert(Object),
     /// The object is gone.

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::change::{Batch, Change, Edit, Object, ObjectKey, SourceId};
+use super::change::{Batch, Change, Edit, Kind, Object, ObjectKey, SourceId};
 
 /// The lists of all sources.
 ///
@@ -19,13 +19,16 @@ pub struct Intake {
     started: bool,
 }
 
+/// What a source named; none where it could not be read.
+type Named = BTreeMap<ObjectKey, Option<Object>>;
+
 /// Where a source is with its list.
 #[derive(Debug)]
 enum Listing {
     /// What it named since the list began.
-    Partial(BTreeMap<ObjectKey, Object>),
+    Partial(Named),
     /// Complete, but another source's first list is not.
-    Waiting(BTreeMap<ObjectKey, Object>),
+    Waiting(Named),
     /// In effect: changes pass.
     Live,
 }
@@ -80,13 +83,34 @@ impl Intake {
             .or_insert_with(|| Listing::Partial(BTreeMap::new()));
         match (change, listing) {
             (Change::Resync, listing) => *listing = Listing::Partial(BTreeMap::new()),
-            (Change::InitialListComplete, Listing::Waiting(_) | Listing::Live) => {}
+            (Change::InitialListComplete, Listing::Waiting(_) | Listing::Live)
+            | (Change::Unreadable(_), Listing::Live) => {}
             (Change::InitialListComplete, Listing::Partial(held)) => {
                 let objects = std::mem::take(held);
                 self.complete(source, objects, edits);
             }
+            (
+                Change::Replace {
+                    kind,
+                    objects,
+                    unreadable,
+                },
+                listing,
+            ) => {
+                let named = named(objects, unreadable);
+                match listing {
+                    Listing::Live => self.release(source, Some(kind), named, edits),
+                    Listing::Partial(held) | Listing::Waiting(held) => {
+                        held.retain(|key, _| key.kind != kind);
+                        held.extend(named);
+                    }
+                }
+            }
+            (Change::Unreadable(key), Listing::Partial(held) | Listing::Waiting(held)) => {
+                held.entry(key).or_insert(None);
+            }
             (Change::Upsert(object), Listing::Partial(held) | Listing::Waiting(held)) => {
-                held.insert(object.key(), object);
+                held.insert(object.key(), Some(object));
             }
             (Change::Delete(key), Listing::Partial(held) | Listing::Waiting(held)) => {
                 held.remove(&key);
@@ -104,15 +128,10 @@ impl Intake {
         }
     }
 
-    fn complete(
-        &mut self,
-        source: SourceId,
-        objects: BTreeMap<ObjectKey, Object>,
-        edits: &mut Vec<Edit>,
-    ) {
+    fn complete(&mut self, source: SourceId, objects: Named, edits: &mut Vec<Edit>) {
         if self.started {
             self.listings.insert(source, Listing::Live);
-            self.release(source, objects, edits);
+            self.release(source, None, objects, edits);
             return;
         }
         self.listings.insert(source, Listing::Waiting(objects));
@@ -122,28 +141,31 @@ impl Intake {
         self.started = true;
         for (source, listing) in std::mem::take(&mut self.listings) {
             if let Listing::Waiting(objects) = listing {
-                self.release(source, objects, edits);
+                self.release(source, None, objects, edits);
             }
             self.listings.insert(source, Listing::Live);
         }
     }
 
-    /// Replaces all that `source` owned by `objects`. Removals come last, so that an object that
+    /// Replaces all that `source` owned (of one kind, or of any) by `objects`. Removals come last, so that an object that
     /// moved (an endpoint from one slice to another) is never missing in between.
     fn release(
         &mut self,
         source: SourceId,
-        objects: BTreeMap<ObjectKey, Object>,
+        kind: Option<Kind>,
+        objects: Named,
         edits: &mut Vec<Edit>,
     ) {
+        let concerned = |key: &ObjectKey| kind.is_none_or(|kind| key.kind == kind);
         let named: BTreeSet<&ObjectKey> = objects.keys().collect();
         let gone: Vec<ObjectKey> = self
             .owners
             .iter()
-            .filter(|(key, owner)| **owner == source && !named.contains(key))
+            .filter(|(key, owner)| **owner == source && concerned(key) && !named.contains(key))
             .map(|(key, _)| key.clone())
             .collect();
         for (key, object) in objects {
+            let Some(object) = object else { continue };
             self.owners.insert(key, source);
             edits.push(Edit::Upsert(object));
         }
@@ -152,4 +174,16 @@ impl Intake {
             edits.push(Edit::Delete(key));
         }
     }
+}
+
+fn named(objects: Vec<Object>, unreadable: Vec<ObjectKey>) -> Named {
+    let read = objects
+        .into_iter()
+        .map(|object| (object.key(), Some(object)));
+    // An object that was read as well is not unreadable.
+    unreadable
+        .into_iter()
+        .map(|key| (key, None))
+        .chain(read)
+        .collect()
 }

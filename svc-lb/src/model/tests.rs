@@ -98,6 +98,62 @@ fn a_resync_takes_effect_as_a_whole_at_its_end() {
     );
 }
 
+/// A list of one kind replaces that kind and no other, at once.
+#[test]
+fn a_list_replaces_its_kind_only() {
+    let list = |names: &[&str]| {
+        let service = |name: &&str| object(service(name, &["10.96.0.1"]));
+        let objects = names.iter().map(service).collect();
+        Change::Replace {
+            kind: Kind::Service,
+            objects,
+            unreadable: vec![],
+        }
+    };
+    let other = Change::Upsert(Object::EndpointSlice(slice("x", "one", vec![])));
+    let mut intake = Intake::new([A]);
+    let held = [other, list(&["one", "two"]), list(&["two", "three"])];
+    assert_eq!(send(&mut intake, A, held), [""; 0]);
+    assert_eq!(
+        send(&mut intake, A, [Change::InitialListComplete]),
+        ["+three", "+two", "+x"]
+    );
+    assert_eq!(
+        send(&mut intake, A, [list(&["three", "four"])]),
+        ["+four", "+three", "-two"]
+    );
+    assert_eq!(send(&mut intake, A, [list(&[])]), ["-four", "-three"]);
+}
+
+/// SEMANTICS G8: what a list names but cannot be read is not removed by it.
+#[test]
+fn what_cannot_be_read_stays() {
+    let mut intake = Intake::new([A]);
+    send(
+        &mut intake,
+        A,
+        [upsert("one"), upsert("two"), Change::InitialListComplete],
+    );
+    let unreadable = key(Kind::Service, "one");
+    assert_eq!(
+        send(&mut intake, A, [Change::Unreadable(unreadable.clone())]),
+        [""; 0]
+    );
+    let list = [
+        Change::Resync,
+        Change::Unreadable(unreadable.clone()),
+        Change::InitialListComplete,
+    ];
+    assert_eq!(send(&mut intake, A, list), ["-two"]);
+    let replace = Change::Replace {
+        kind: Kind::Service,
+        objects: vec![],
+        unreadable: vec![unreadable],
+    };
+    assert_eq!(send(&mut intake, A, [replace]), [""; 0]);
+    assert_eq!(send(&mut intake, A, [delete("one")]), ["-one"]);
+}
+
 /// A source removes only what it owns; who named an object last owns it.
 #[test]
 fn the_last_to_name_an_object_owns_it() {

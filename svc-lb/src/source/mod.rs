@@ -3,6 +3,7 @@
 pub mod convert;
 mod located;
 pub mod manifests;
+pub mod stream;
 
 use std::fmt;
 

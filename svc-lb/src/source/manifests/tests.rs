@@ -38,6 +38,8 @@ fn said(changes: &[Change]) -> Vec<String> {
             Change::Delete(key) => format!("-{}", key.name),
             Change::InitialListComplete => "complete".to_owned(),
             Change::Resync => "resync".to_owned(),
+            Change::Replace { kind, .. } => format!("={kind}"),
+            Change::Unreadable(key) => format!("?{}", key.name),
         })
         .collect()
 }
