@@ -5,9 +5,97 @@ mod located;
 pub mod manifests;
 pub mod stream;
 
-use std::fmt;
+use std::{fmt, path::PathBuf, time::Duration};
 
 use serde::Serialize;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{manifests::Manifests, stream::Stream};
+use crate::model::{Batch, SourceId};
+
+/// One source, as the command line asks for it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Spec {
+    /// `--manifests PATH`.
+    Manifests(PathBuf),
+    /// `--stream TARGET`.
+    Stream {
+        /// Where from.
+        target: stream::Target,
+        /// `--stream-initial-quiet`.
+        initial_quiet: Option<Duration>,
+    },
+}
+
+impl fmt::Display for Spec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Manifests(path) => write!(f, "--manifests {}", path.display()),
+            Self::Stream { target, .. } => write!(f, "--stream {target}"),
+        }
+    }
+}
+
+/// Why a source cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// `--manifests`.
+    #[error(transparent)]
+    Manifests(#[from] manifests::Error),
+    /// `--stream`.
+    #[error(transparent)]
+    Stream(#[from] stream::Error),
+}
+
+/// A source at work.
+#[derive(Debug)]
+pub struct Running {
+    /// Marks its batches.
+    pub id: SourceId,
+    /// As on the command line.
+    pub name: String,
+    /// How it is doing.
+    pub health: watch::Receiver<Health>,
+    /// Ends when it is cancelled, when nobody listens, or when nothing can come any more: what it
+    /// said stays in force then.
+    pub task: JoinHandle<()>,
+}
+
+/// Opens a source and starts its task; must be called within a tokio runtime.
+///
+/// # Errors
+/// When it cannot be opened now. What happens to it later is in its health.
+pub fn spawn(
+    id: SourceId,
+    spec: Spec,
+    batches: mpsc::Sender<Batch>,
+    cancel: CancellationToken,
+) -> Result<Running, Error> {
+    let name = spec.to_string();
+    let (report, health) = watch::channel(Health::default());
+    let task = match spec {
+        Spec::Manifests(path) => {
+            tokio::spawn(Manifests::open(id, path)?.run(batches, report, cancel))
+        }
+        Spec::Stream {
+            target,
+            initial_quiet,
+        } => {
+            let stream = Stream::open(id, target, initial_quiet)?;
+            tokio::spawn(stream.run(batches, report, cancel))
+        }
+    };
+    Ok(Running {
+        id,
+        name,
+        health,
+        task,
+    })
+}
 
 /// How much a problem matters.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]

@@ -9,7 +9,7 @@ use std::{
 use proptest::prelude::*;
 use svc_lb_common::{Family, Protocol};
 use tempfile::TempDir;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::{Config, Error, Standalone};
@@ -24,7 +24,7 @@ use crate::{
         },
         family_of,
     },
-    source::{Health, manifests::Manifests},
+    source,
 };
 
 fn config(service_cidrs: &[&str], lb_pools: &[&str]) -> Config {
@@ -958,16 +958,16 @@ proptest! {
 #[tokio::test]
 async fn the_examples_end_to_end() {
     let path = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples"));
-    let source = SourceId(0);
+    let id = SourceId(0);
     let (sender, mut batches) = mpsc::channel(4);
     let cancel = CancellationToken::new();
-    let manifests = Manifests::open(source, path).expect("there");
-    let (health, _seen) = watch::channel(Health::default());
-    let task = tokio::spawn(manifests.run(sender, health, cancel.clone()));
-    let mut intake = Intake::new([source]);
+    let running = source::spawn(id, source::Spec::Manifests(path), sender, cancel.clone());
+    let running = running.expect("there");
+    let mut intake = Intake::new([id]);
     let edits = intake.apply(batches.recv().await.expect("a list"));
     cancel.cancel();
-    task.await.expect("no panic");
+    running.task.await.expect("no panic");
+    assert!(running.health.borrow().listed);
 
     let mut cluster = Cluster::new(&dual());
     let affected = cluster.apply(edits);
