@@ -6,5 +6,6 @@ pub mod dataplane;
 pub mod model;
 pub mod node;
 pub mod observe;
+pub mod plan;
 pub mod source;
 pub mod standalone;
