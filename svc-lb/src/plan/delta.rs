@@ -310,13 +310,15 @@ impl Port {
         }
         let options = options_of(desired);
         let changed = (self.options != Some(options)).then_some(options);
-        draft.extend(Phase::Services, self.draft_words(index, changed));
+        service_words(index, self.targets(), changed, draft);
     }
 
     /// What takes the port out of the tables, its ranges aimed at nothing.
     pub(super) fn draft_removal(&self, index: u32, draft: &mut Draft) {
-        let changed = (self.options != Some(0)).then_some(0);
-        draft.extend(Phase::ServiceRemovals, self.draft_words(index, changed));
+        service_words(index, self.targets(), None, draft);
+        if self.options != Some(0) {
+            draft.push(Phase::ServiceRemovals, clear_options(index));
+        }
         for held in &self.held {
             self.draft_backend(index, held, None, draft);
         }
@@ -325,11 +327,10 @@ impl Port {
         }
     }
 
-    fn draft_words(&self, index: u32, options: Option<u64>) -> Vec<Op> {
-        let ranges = Set::ALL
-            .into_iter()
-            .filter_map(|set| Some((set.word(), self.set(set).target()?)));
-        service_words(index, ranges, options)
+    /// The ranges to be published.
+    fn targets(&self) -> impl Iterator<Item = (ServiceWord, Range)> {
+        let target = |set: Set| Some((set.word(), self.set(set).target()?));
+        Set::ALL.into_iter().filter_map(target)
     }
 
     /// Gains bits before the services, loses them after: a backend in a published range has the
@@ -395,6 +396,15 @@ impl Condemned {
             id: self.id,
             record: gone(self.address, self.generation, index),
         }
+    }
+}
+
+/// Leaves nothing of an index that nobody finds.
+pub(super) const fn clear_options(index: u32) -> Op {
+    Op::StoreService {
+        service: index,
+        word: ServiceWord::Options,
+        value: 0,
     }
 }
 

@@ -34,7 +34,7 @@ pub use self::phases::{ApplyError, Batch, Op, Phase, Plan, Set, execute};
 pub use self::refusal::{Refusal, Table};
 pub use self::restore::Damage;
 
-use self::delta::{Element, Held, Port, footprint, set_of, slots_of};
+use self::delta::{Element, Held, Port, clear_options, footprint, set_of, slots_of};
 use self::frontends::{Difference, Frontends};
 use self::guard::Guard;
 use self::ids::{IdPool, RunPool};
@@ -744,6 +744,11 @@ impl Planner {
         for index in unclaimed {
             self.plan_removal(index, draft);
         }
+        for (index, words) in &self.idle {
+            if words.options != 0 {
+                draft.push(Phase::ServiceRemovals, clear_options(*index));
+            }
+        }
     }
 
     fn plan_frontends(&mut self, draft: &mut Draft) {
@@ -810,6 +815,9 @@ impl Planner {
                 value,
             } => {
                 let Some(port) = self.ports.get_mut(service) else {
+                    if let Some(words) = self.idle.get_mut(service) {
+                        words.options = *value;
+                    }
                     return;
                 };
                 match set_of(*word) {

@@ -11,7 +11,7 @@
 //! | [`Services`](Phase::Services) | one store swaps a range; see [`service_words`] |
 //! | [`Frontends`](Phase::Frontends) | clients find only services that are complete |
 //! | [`FrontendRemovals`](Phase::FrontendRemovals) | clients stop finding what goes |
-//! | [`ServiceRemovals`](Phase::ServiceRemovals) | ranges that nobody finds are emptied |
+//! | [`ServiceRemovals`](Phase::ServiceRemovals) | sets that end empty, or that nobody finds, are emptied |
 //! | [`BackendRemovals`](Phase::BackendRemovals) | ids that no range names are marked gone |
 //!
 //! Source ranges and affinity will come between slots and services: what a service's flags
@@ -25,6 +25,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use svc_lb_common::Family;
+use svc_lb_common::service::Range;
 
 use crate::dataplane::{
     BackendRecord, Dataplane, DataplaneError, FAMILIES, FrontendAt, FrontendValue, GuardBit,
@@ -47,7 +48,7 @@ pub enum Phase {
     Frontends,
     /// Frontends and address entries are deleted.
     FrontendRemovals,
-    /// Services without frontends are emptied.
+    /// Sets that end empty are emptied, and services without frontends.
     ServiceRemovals,
     /// Bits of backends are lost; backends that left are marked gone, one generation on.
     BackendRemovals,
@@ -209,37 +210,41 @@ impl Draft {
     }
 }
 
-/// Orders the stores that take a service from one state to the next, given the words that change:
-/// sets that will hold something, then the options, then sets that will be empty.
+/// Drafts the stores that take a service from one state to the next, given the words that change:
+/// sets that will hold something, then the options, and much later sets that will be empty.
 ///
 /// The options say which set a kind of client uses. Take any such choice with a set that is not
 /// empty before and one that is not empty after. Until the options change, clients use the old
 /// set: untouched, or already replaced by its new, non-empty value. When they change, the new set
-/// is published already. The old one is emptied only after that. So no store shows these clients
-/// an empty set. (A program that has read the old options and reads its range only after both
-/// later stores can still meet an emptied set: some nanoseconds when a policy is switched and the
-/// old set dissolved in the same change; its packet meets what an empty set is met with.)
+/// is published already. The old one is emptied only after that, and after the frontends: one that
+/// goes to another service at the same time is never seen with a set that is emptied here. (Only
+/// where its old service switches its policy as well, the switch may show it an empty set first.
+/// And a program that has read the old options and reads its range only after both later stores
+/// can still meet an emptied set: its packet meets what an empty set is met with.)
 pub(super) fn service_words(
     service: u32,
-    ranges: impl IntoIterator<Item = (ServiceWord, svc_lb_common::service::Range)>,
+    ranges: impl IntoIterator<Item = (ServiceWord, Range)>,
     options: Option<u64>,
-) -> Vec<Op> {
-    let store = |word, value| Op::StoreService {
-        service,
-        word,
-        value,
+    draft: &mut Draft,
+) {
+    let mut store = |phase, word, value| {
+        let op = Op::StoreService {
+            service,
+            word,
+            value,
+        };
+        draft.push(phase, op);
     };
-    let (emptied, filled): (Vec<_>, Vec<_>) = ranges
-        .into_iter()
-        .partition(|(_, range)| range.length() == 0);
-    let store_range =
-        |(word, range): (ServiceWord, svc_lb_common::service::Range)| store(word, range.0);
-    filled
-        .into_iter()
-        .map(store_range)
-        .chain(options.map(|value| store(ServiceWord::Options, value)))
-        .chain(emptied.into_iter().map(store_range))
-        .collect()
+    for (word, range) in ranges {
+        let phase = match range.length() {
+            0 => Phase::ServiceRemovals,
+            _ => Phase::Services,
+        };
+        store(phase, word, range.0);
+    }
+    if let Some(value) = options {
+        store(Phase::Services, ServiceWord::Options, value);
+    }
 }
 
 /// Writes that go to the store in one call, in the order they were given.

@@ -153,10 +153,6 @@ impl Planner {
                 }
             }
         }
-        for port in self.ports.values_mut() {
-            port.held
-                .sort_unstable_by_key(|held| (held.address, held.id));
-        }
     }
 
     fn restore_backend(
@@ -198,11 +194,18 @@ impl Planner {
     }
 
     fn restore_services(&mut self, snapshot: &Snapshot) {
+        let words: BTreeMap<u32, &Service> = snapshot
+            .services
+            .iter()
+            .map(|(index, words)| (*index, words))
+            .collect();
         for (index, port) in &mut self.ports {
-            let before = port.held.len();
-            port.drop_doubles();
-            self.damage.backends += u32::try_from(before - port.held.len()).unwrap_or(u32::MAX);
-            debug_assert!(*index != STRAYS || port.held.is_empty());
+            let ranges = words.get(index).map(|words| [words.cluster, words.local]);
+            let named = ranges
+                .into_iter()
+                .flatten()
+                .flat_map(|range| ids_in(snapshot, range));
+            self.damage.backends += port.condemn_doubles(&named.collect());
         }
         for (index, words) in &snapshot.services {
             if *index == STRAYS {
@@ -300,8 +303,11 @@ impl Planner {
 }
 
 impl Port {
-    /// Condemns all but the lowest of several ids of one endpoint.
-    fn drop_doubles(&mut self) {
+    /// Of several ids of one endpoint, keeps the one that the ranges name, else the lowest; returns
+    /// how many it condemned. A write that failed before the restart may have left them.
+    fn condemn_doubles(&mut self, named: &BTreeSet<u32>) -> u32 {
+        self.held
+            .sort_unstable_by_key(|held| (held.address, !named.contains(&held.id), held.id));
         let mut doubles = Vec::new();
         self.held.dedup_by(|second, first| {
             let double = second.address == first.address;
@@ -315,8 +321,17 @@ impl Port {
             }
             double
         });
+        let count = u32::try_from(doubles.len()).unwrap_or(u32::MAX);
         self.condemned.extend(doubles);
+        count
     }
+}
+
+/// What the slots of a range hold; 0 beyond the table.
+fn ids_in(snapshot: &Snapshot, range: Range) -> impl Iterator<Item = u32> {
+    let first = range.start() as usize;
+    (first..first.saturating_add(range.length() as usize))
+        .map(|position| snapshot.slots.get(position).copied().unwrap_or(0))
 }
 
 /// Reads one set back, taking its slots; whether all was right with it.
@@ -333,9 +348,7 @@ fn restore_set(
     if !aligned || !slots.take_at(range.start(), footprint(range.length())) {
         return (SlotSet::damaged(range, false), false);
     }
-    let ids: Vec<u32> = (range.start()..range.start() + range.length())
-        .map(|position| snapshot.slots.get(position as usize).copied().unwrap_or(0))
-        .collect();
+    let ids: Vec<u32> = ids_in(snapshot, range).collect();
     let held: BTreeSet<u32> = port.held.iter().map(|held| held.id).collect();
     if !ids.iter().all(|id| held.contains(id)) {
         return (SlotSet::damaged(range, true), false);
