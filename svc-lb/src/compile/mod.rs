@@ -109,11 +109,13 @@ fn compile_port(
     let external = frontends::externally_accessible(&frontends);
     let internal_local = service.internal_policy == TrafficPolicy::Local;
     let policy_local = external && service.external_policy == TrafficPolicy::Local;
-    let restricted = external && options.outside_reaches == OutsideReach::LocalBackends;
+    let local_only = options.outside_reaches == OutsideReach::LocalBackends;
+    let restricted = external && local_only;
     let external_local = policy_local || restricted;
     let usage = Usage {
         cluster: !internal_local || external,
-        local: internal_local || external_local,
+        // Clients outside may use a ClusterIP too, where a route leads it here.
+        local: internal_local || external_local || local_only,
     };
 
     let mut notes = notes.port(port, family);
