@@ -801,7 +801,10 @@ impl Planner {
                 self.set_generation(*family, *id, record.generation);
                 let bit = backend_bit(record.address, self.sizes.guard_words);
                 let retired = self.retire();
-                retired.backends.of_mut(*family).push(*id);
+                // Only damage can have put an element at id 0, which nobody gets.
+                if *id != 0 {
+                    retired.backends.of_mut(*family).push(*id);
+                }
                 retired.guard.push(bit);
             }
             Op::FillSlots { service, set, .. } => {

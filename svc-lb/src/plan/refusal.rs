@@ -34,17 +34,6 @@ impl Table {
             Self::Backends(family) => map_name(name::BACKENDS, family),
         }
     }
-
-    /// The setting of `svc-lb run` that makes it larger.
-    #[must_use]
-    pub const fn setting(self) -> &'static str {
-        match self {
-            Self::Frontends(_) => "--max-frontends",
-            Self::Services => "--max-services",
-            Self::Slots => "--max-slots",
-            Self::Backends(_) => "--max-backends",
-        }
-    }
 }
 
 /// Why something desired is not programmed, or not as desired.
@@ -53,8 +42,9 @@ impl Table {
 pub enum Refusal {
     /// No room. A port that was programmed before keeps what it has, less what left it.
     #[error(
-        "{} needs {needed} more in table {}, where {free} of {limit} are free; raise {}",
-        Port(port), table.name(), table.setting()
+        "{} needs {needed} more in table {name}, where {free} of {limit} are free; raise it with \
+         --map-size {name}=ENTRIES",
+        Port(port), name = table.name()
     )]
     TableFull {
         /// Whose.
@@ -97,8 +87,9 @@ pub enum Refusal {
     },
     /// No room for one of the node's own addresses: NodePorts do not work on it.
     #[error(
-        "node address {address} does not serve NodePorts: table {} is full with {limit}; raise {}",
-        table.name(), table.setting()
+        "node address {address} does not serve NodePorts: table {name} is full with {limit}; raise \
+         it with --map-size {name}=ENTRIES",
+        name = table.name()
     )]
     NodeAddress {
         /// Which.

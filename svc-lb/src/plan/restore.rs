@@ -33,7 +33,7 @@ pub struct Damage {
     /// Services whose ranges are out of bounds, overlap another's, or hold ids of other services,
     /// gone ones or none; or that both families' frontends lead to.
     pub services: u32,
-    /// Backends of no service or of the wrong family, and second ids of one endpoint.
+    /// Backends of no service or of the wrong family, second ids of one endpoint, and id 0.
     pub backends: u32,
 }
 
@@ -146,9 +146,7 @@ impl Planner {
         for family in FAMILIES {
             for (id, record) in snapshot.backends.of(family) {
                 self.set_generation(family, *id, record.generation);
-                if *id == 0 {
-                    self.damage.backends += 1;
-                } else if record.bits & GONE == 0 {
+                if record.bits & GONE == 0 {
                     self.restore_backend(family, *id, record, found);
                 }
             }
@@ -170,7 +168,7 @@ impl Planner {
         } = *record;
         self.guard
             .hold(backend_bit(address, self.sizes.guard_words));
-        let stray = !(1..self.sizes.services).contains(&service);
+        let stray = id == 0 || !(1..self.sizes.services).contains(&service);
         let led_to = found.frontends_of.contains_key(&service);
         let port = self.port_at(if stray { STRAYS } else { service }, family);
         let foreign = port.family != family && (led_to || !port.held.is_empty());

@@ -10,9 +10,9 @@ use svc_lb_common::service::flag;
 use super::view::Tables;
 use super::*;
 use crate::compile::desired::Backend;
+use crate::dataplane::Snapshot;
 use crate::dataplane::faulty::Faulty;
 use crate::dataplane::memory::Memory;
-use crate::dataplane::Snapshot;
 
 // What is desired, made small enough to collide.
 
@@ -683,6 +683,8 @@ impl World {
         settle(&mut self.planner, &mut memory, &self.wanted, &self.nodes);
     }
 }
+
+mod scenarios;
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
