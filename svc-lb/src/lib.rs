@@ -1,5 +1,6 @@
 //! The svc-lb agent: keeps the BPF maps of one node equal to what the controller's stream says.
 
+pub mod app;
 pub mod cli;
 pub mod compile;
 pub mod dataplane;

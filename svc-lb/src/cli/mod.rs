@@ -2,9 +2,13 @@
 
 mod args;
 mod check;
+mod client;
 mod completions;
 mod detach;
+mod dump;
 mod output;
+mod run;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,10 +23,12 @@ use crate::observe::logging::{self, LogFormat};
 mod exit {
     /// Something failed; the message says what.
     pub(super) const FAILED: u8 = 1;
-    /// `check`: it works, but not all of it.
+    /// `check`: it works, but not all of it. `status`: not ready.
     pub(super) const DEGRADED: u8 = 3;
     /// `check`: services cannot work.
     pub(super) const UNUSABLE: u8 = 4;
+    /// `status`: no agent answers.
+    pub(super) const NO_AGENT: u8 = 5;
 }
 
 /// Node-local load balancer for Kubernetes Services, in eBPF.
@@ -86,6 +92,9 @@ impl Global {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(Box<run::Args>),
+    Status(status::Args),
+    Dump(dump::Args),
     Check(check::Args),
     Detach(detach::Args),
     Completions(completions::Args),
@@ -95,7 +104,7 @@ enum Command {
 #[must_use]
 pub fn main() -> ExitCode {
     let Cli { global, command } = Cli::parse();
-    match run(&command, &global) {
+    match run(command, &global) {
         Ok(code) => code,
         Err(error) => {
             report(&error);
@@ -104,19 +113,26 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: &Command, global: &Global) -> Result<ExitCode> {
+fn run(command: Command, global: &Global) -> Result<ExitCode> {
     logging::start(&global.log, global.log_format)?;
     match command {
-        Command::Check(args) => check::run(args, global),
-        Command::Detach(args) => detach::run(args, global),
-        Command::Completions(args) => completions::run(args),
+        Command::Run(args) => run::run(*args, global),
+        Command::Status(args) => status::run(&args, global),
+        Command::Dump(args) => dump::run(&args, global),
+        Command::Check(args) => check::run(&args, global),
+        Command::Detach(args) => detach::run(&args, global),
+        Command::Completions(args) => completions::run(&args),
     }
 }
 
 /// An error with its causes, on standard error.
 fn report(error: &anyhow::Error) {
+    complain(&format!("{error:#}"));
+}
+
+/// A line on standard error.
+fn complain(text: &str) {
     use std::io::Write as _;
-    let written = writeln!(std::io::stderr(), "svc-lb: {error:#}");
-    // Nobody is left to be told.
-    drop(written);
+    // If that fails, nobody is left to be told.
+    drop(writeln!(std::io::stderr(), "svc-lb: {text}"));
 }

@@ -5,14 +5,14 @@
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use svc_lb_common::{Family, Protocol};
 
 /// Names one port of one Service in one address family: the unit of selection, of affinity
 /// (SEMANTICS F2) and of counters, whichever frontend a client uses.
 ///
 /// A port is known by its *name* as in kube-proxy, so that renumbering it keeps its identity.
-#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+#[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, Deserialize)]
 pub struct PortKey {
     /// Namespace of the Service.
     pub namespace: String,

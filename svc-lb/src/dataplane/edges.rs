@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use clap::ValueEnum;
 use glob::Pattern;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::node::{Link, LinkLayer, Node};
 
@@ -73,7 +73,7 @@ pub struct Wanted {
 }
 
 /// An interface that was asked for and cannot be an edge.
-#[derive(Clone, Debug, Eq, PartialEq, Serialize)]
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 pub struct Refused {
     /// Its name.
     pub name: String,

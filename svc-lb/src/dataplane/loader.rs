@@ -11,13 +11,14 @@ use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_ARRAY;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
-use nix::time::{ClockId, clock_getres};
 use svc_lb_common::config::Config;
 use svc_lb_common::limits::name;
 use svc_lb_common::outcome::Hook;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
+use super::clock::jiffies_per_second;
+use super::kernel::MapSet;
 use super::pins::{self, PinError, Pins};
 use super::sizes::MapSizes;
 use super::sys::ObjectKind;
@@ -143,7 +144,10 @@ pub fn load(settings: &Settings<'_>) -> Result<Loaded, LoadError> {
     let adopted = adopt(object, pins, sizes)?;
     let config = Config {
         seed: seed(pins)?,
-        hz: jiffies_per_second()?,
+        hz: jiffies_per_second().map_err(|source| LoadError::System {
+            operation: "read the kernel's tick from the coarse clock",
+            source,
+        })?,
         guard_words: adopted
             .get(name::GUARD)
             .copied()
@@ -227,6 +231,17 @@ impl Programs {
             .iter()
             .filter_map(|(name, program)| Some((*name, program.verified_instructions?)))
     }
+}
+
+/// Opens the pinned maps, for [`Kernel`](super::kernel::Kernel); needs no agent.
+pub fn open_maps(pins: &Pins) -> Result<MapSet, PinError> {
+    let mut maps = MapSet::default();
+    for name in name::PINNED {
+        if let Some(fd) = pins::open(&pins.map(name), ObjectKind::Map)? {
+            maps.fds.insert(name, fd);
+        }
+    }
+    Ok(maps)
 }
 
 /// Compares what is pinned with what the object wants: aya reuses a pinned map whatever its
@@ -409,28 +424,6 @@ fn getrandom(buffer: &mut [u8]) -> Result<(), LoadError> {
     })
 }
 
-/// The kernel's CONFIG_HZ. The resolution of the coarse clocks is one tick exactly
-/// (`LOW_RES_NSEC`), so nothing needs measuring.
-fn jiffies_per_second() -> Result<u32, LoadError> {
-    const NANOSECONDS: i64 = 1_000_000_000;
-    let failed = |source| LoadError::System {
-        operation: "read the kernel's tick from the coarse clock",
-        source,
-    };
-    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)
-        .map_err(|error| failed(error.into()))?
-        .tv_nsec();
-    let hz = if tick > 0 {
-        (NANOSECONDS + tick / 2) / tick
-    } else {
-        0
-    };
-    u32::try_from(hz)
-        .ok()
-        .filter(|hz| (24..=10_000).contains(hz))
-        .ok_or_else(|| failed(io::Error::other(format!("a tick of {tick} ns"))))
-}
-
 /// Kernels before 5.11 charge maps and programs to RLIMIT_MEMLOCK.
 pub(super) fn allow_locked_memory() {
     if KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(5, 11, 0)) {
@@ -444,12 +437,6 @@ pub(super) fn allow_locked_memory() {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_tick_is_a_known_configuration() {
-        let hz = jiffies_per_second().unwrap();
-        assert!([100, 250, 300, 1000].contains(&hz), "{hz}");
-    }
 
     #[test]
     fn the_tail_of_the_log_is_its_end() {

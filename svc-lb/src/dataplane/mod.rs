@@ -15,6 +15,7 @@ use svc_lb_common::service::{Frontend, FrontendKey, Service};
 use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
 
 pub mod attach;
+pub mod clock;
 pub mod clsact;
 pub mod edges;
 pub mod faulty;

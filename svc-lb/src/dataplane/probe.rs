@@ -9,10 +9,7 @@ use aya::maps::MapType;
 use aya::programs::{ProgramType, SchedClassifier, TcAttachType};
 use aya::sys::{is_map_supported, is_program_supported};
 use aya::{EbpfLoader, VerifierLogLevel};
-use aya_obj::generated::{
-    BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_F_MMAPABLE, BPF_JMP, BPF_K, BPF_MOV, bpf_insn, bpf_map_type,
-    bpf_prog_type,
-};
+use aya_obj::generated::{BPF_F_MMAPABLE, bpf_func_id, bpf_map_type, bpf_prog_type};
 use nix::sched::{CloneFlags, unshare};
 use svc_lb_common::config::Config;
 use svc_lb_common::limits::name;
@@ -21,7 +18,7 @@ use super::attach::TcHook;
 use super::clsact::{self, Direction};
 use super::loader::{self, LoadError};
 use super::sizes::MapSizes;
-use super::sys::{self, AttachPoint, map::MapInfo};
+use super::sys::{self, AttachPoint, insn, map::MapInfo};
 use crate::node::{self, NodeError};
 use crate::observe::finding::{Finding, Level};
 
@@ -31,8 +28,6 @@ const OLDEST: aya::util::KernelVersion = aya::util::KernelVersion::new(5, 10, 0)
 const BPF_F_IPV6: i32 = 1 << 7;
 /// The size of the field that `bpf_l4_csum_replace` changes.
 const FIELD_SIZE: i32 = 2;
-/// Number of the helper.
-const BPF_L4_CSUM_REPLACE: i32 = 11;
 
 /// Whether tcx links exist (6.6): by asking for the programs of the loopback interface.
 #[must_use]
@@ -56,35 +51,16 @@ pub fn has_csum_ipv6() -> io::Result<bool> {
     const EFAULT: i32 = -libc::EFAULT;
     let instructions = [
         // r1 is the packet already.
-        mov(2, 0xffff),
-        mov(3, 0),
-        mov(4, 0),
-        mov(5, BPF_F_IPV6 | FIELD_SIZE),
-        instruction(BPF_JMP | BPF_CALL, 0, BPF_L4_CSUM_REPLACE),
-        exit(),
+        insn::mov(2, 0xffff),
+        insn::mov(3, 0),
+        insn::mov(4, 0),
+        insn::mov(5, BPF_F_IPV6 | FIELD_SIZE),
+        insn::call(bpf_func_id::BPF_FUNC_l4_csum_replace),
+        insn::exit(),
     ];
     let program = sys::prog_load(bpf_prog_type::BPF_PROG_TYPE_SCHED_CLS, &instructions)?;
     let verdict = sys::run_once(program.as_fd())?;
     Ok(verdict.cast_signed() == EFAULT)
-}
-
-fn mov(register: u8, value: i32) -> bpf_insn {
-    instruction(BPF_ALU64 | BPF_MOV | BPF_K, register, value)
-}
-
-fn exit() -> bpf_insn {
-    instruction(BPF_JMP | BPF_EXIT, 0, 0)
-}
-
-fn instruction(code: u32, register: u8, value: i32) -> bpf_insn {
-    bpf_insn {
-        // All opcodes fit a byte.
-        code: u8::try_from(code).unwrap_or(0),
-        _bitfield_align_1: [],
-        _bitfield_1: bpf_insn::new_bitfield_1(register, 0),
-        off: 0,
-        imm: value,
-    }
 }
 
 /// What the kernel has and lacks, and what follows.
@@ -366,7 +342,7 @@ fn passing(kind: bpf_prog_type) -> io::Result<OwnedFd> {
     } else {
         TC_ACT_OK
     };
-    sys::prog_load(kind, &[mov(0, verdict), exit()])
+    sys::prog_load(kind, &[insn::mov(0, verdict), insn::exit()])
 }
 
 #[cfg(test)]

@@ -274,6 +274,42 @@ struct TestRun {
     duration: u32,
 }
 
+/// The few instructions that probes are made of.
+pub mod insn {
+    use aya_obj::generated::{
+        BPF_ALU64, BPF_CALL, BPF_EXIT, BPF_JMP, BPF_K, BPF_MOV, bpf_func_id, bpf_insn,
+    };
+
+    /// `rN = value`
+    #[must_use]
+    pub fn mov(register: u8, value: i32) -> bpf_insn {
+        instruction(BPF_ALU64 | BPF_MOV | BPF_K, register, value)
+    }
+
+    /// `r0 = helper(r1, ..., r5)`
+    #[must_use]
+    pub fn call(helper: bpf_func_id) -> bpf_insn {
+        instruction(BPF_JMP | BPF_CALL, 0, (helper as u32).cast_signed())
+    }
+
+    /// `return r0`
+    #[must_use]
+    pub fn exit() -> bpf_insn {
+        instruction(BPF_JMP | BPF_EXIT, 0, 0)
+    }
+
+    fn instruction(code: u32, register: u8, value: i32) -> bpf_insn {
+        let [code, ..] = code.to_le_bytes();
+        bpf_insn {
+            code,
+            _bitfield_align_1: [],
+            _bitfield_1: bpf_insn::new_bitfield_1(register, 0),
+            off: 0,
+            imm: value,
+        }
+    }
+}
+
 /// Loads a program of a few instructions.
 ///
 /// # Errors

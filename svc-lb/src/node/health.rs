@@ -49,10 +49,7 @@ fn forwarding4() -> Finding {
 
 fn forwarding6(node: &Node) -> Option<Finding> {
     const NAME: &str = "net.ipv6.conf.all.forwarding";
-    let routed = node.addresses.iter().any(|address| match address {
-        IpAddr::V4(_) => false,
-        IpAddr::V6(address) => !address.is_unicast_link_local(),
-    });
+    let routed = node.addresses.iter().any(IpAddr::is_ipv6);
     match sysctl(NAME) {
         // No IPv6 in the kernel.
         None => None,

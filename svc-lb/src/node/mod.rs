@@ -72,7 +72,7 @@ pub struct AttachedXdp {
 pub struct Node {
     /// Interfaces by index.
     pub links: BTreeMap<u32, Link>,
-    /// Local addresses but those of the loopback networks: where NodePorts are served.
+    /// Local addresses but loopback and IPv6 link-local ones: where NodePorts are served.
     pub addresses: BTreeSet<IpAddr>,
     /// Interfaces that a default route of the main table leaves through.
     pub default_routes: BTreeSet<u32>,

@@ -57,7 +57,7 @@ pub(super) async fn addresses(handle: &Handle) -> Result<BTreeSet<IpAddr>, NodeE
         .get()
         .execute()
         .try_fold(BTreeSet::new(), |mut addresses, message| {
-            addresses.extend(local_address(&message).filter(|address| !address.is_loopback()));
+            addresses.extend(local_address(&message).filter(serves_node_ports));
             future::ready(Ok(addresses))
         })
         .await
@@ -144,6 +144,15 @@ fn attached_xdp(xdp: &[LinkXdp]) -> Option<AttachedXdp> {
         }
     }
     program.map(|program| AttachedXdp { program, native })
+}
+
+/// Loopback addresses serve the node alone. IPv6 link-local ones mean nothing without an
+/// interface, and every pod interface has its own.
+fn serves_node_ports(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => !address.is_loopback(),
+        IpAddr::V6(address) => !address.is_loopback() && !address.is_unicast_link_local(),
+    }
 }
 
 /// The address that is ours: on point-to-point links `Address` is the peer's.

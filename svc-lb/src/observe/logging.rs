@@ -1,5 +1,7 @@
 //! Logs go to standard error; `--log` says which.
 
+use std::io::{self, IsTerminal as _};
+
 use clap::ValueEnum;
 use thiserror::Error;
 use tracing_subscriber::EnvFilter;
@@ -25,16 +27,21 @@ pub enum LogError {
     Twice(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// Libraries that would fill a debug log with what nobody looks for; a filter can name them.
+const QUIET: &str = "aya=info,aya_obj=info,netlink_proto=info";
+
 /// Sends the process's log to standard error. Records of the `log` crate come along: aya's, and
 /// those of the programs.
 pub fn start(filter: &str, format: LogFormat) -> Result<(), LogError> {
-    let filter = EnvFilter::try_new(filter).map_err(|source| LogError::Filter {
-        filter: filter.to_owned(),
-        source,
-    })?;
+    let filter =
+        EnvFilter::try_new(format!("{QUIET},{filter}")).map_err(|source| LogError::Filter {
+            filter: filter.to_owned(),
+            source,
+        })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr);
     match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),

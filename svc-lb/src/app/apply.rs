@@ -1,0 +1,182 @@
+//! The one task that owns the reconciler and writes the maps.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, interval, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::reconcile::Reconciler;
+use crate::compile::desired::PortKey;
+use crate::dataplane::clock::Clock;
+use crate::dataplane::kernel::Kernel;
+use crate::dataplane::pins::Pins;
+use crate::dataplane::{Dataplane as _, DataplaneError, GuardBit, loader, sys};
+use crate::model::{Batch, SourceId};
+use crate::node::Node;
+use crate::observe::status::{NodeStatus, ServicesStatus};
+use crate::plan::{Epoch, TableUse};
+
+/// Batches that are taken together when many are waiting.
+const BATCHES: usize = 256;
+/// How often flows are looked through for guard bits that nobody needs.
+const SWEEP: Duration = Duration::from_secs(30);
+
+/// A question to the task.
+#[derive(Debug)]
+pub(super) enum Question {
+    /// How things are.
+    Summary(oneshot::Sender<Summary>),
+    /// Which service port has which index.
+    Names(oneshot::Sender<BTreeMap<u32, PortKey>>),
+}
+
+/// The task's part of the status.
+#[derive(Debug)]
+pub(super) struct Summary {
+    pub(super) programmed: bool,
+    pub(super) incomplete: Vec<SourceId>,
+    pub(super) node: NodeStatus,
+    pub(super) services: ServicesStatus,
+    pub(super) tables: Vec<TableUse>,
+}
+
+/// What the task listens to.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    pub(super) batches: mpsc::Receiver<Batch>,
+    pub(super) node: watch::Receiver<Arc<Node>>,
+    pub(super) questions: mpsc::Receiver<Question>,
+    /// Told when the first complete lists are programmed.
+    pub(super) programmed: watch::Sender<bool>,
+    pub(super) cancel: CancellationToken,
+}
+
+/// Runs until it is cancelled.
+pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins: Pins) {
+    let Inputs {
+        mut batches,
+        mut node,
+        mut questions,
+        programmed,
+        cancel,
+    } = inputs;
+    let mut waiting = Vec::with_capacity(BATCHES);
+    let mut sources_live = true;
+    let mut grace: Option<JoinHandle<Epoch>> = None;
+    let mut sweep: Option<JoinHandle<BTreeSet<GuardBit>>> = None;
+    let mut sweep_is_stale = false;
+    let mut sweep_time = interval(SWEEP);
+    sweep_time.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    node.mark_changed();
+    loop {
+        let again = reconciler.apply(Instant::now());
+        if reconciler.programmed() {
+            programmed.send_if_modified(|programmed| !std::mem::replace(programmed, true));
+        }
+        if grace.is_none()
+            && let Some(epoch) = reconciler.seal()
+        {
+            grace = Some(tokio::task::spawn_blocking(move || {
+                sys::map::grace();
+                epoch
+            }));
+        }
+
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => return,
+            Some(question) = questions.recv() => answer(&reconciler, question),
+            count = batches.recv_many(&mut waiting, BATCHES), if sources_live => {
+                sources_live = count > 0;
+                reconciler.take(waiting.drain(..));
+            }
+            Ok(()) = node.changed() => {
+                let addresses = node.borrow_and_update().addresses.clone();
+                reconciler.set_node_addresses(&addresses);
+            }
+            Some(epoch) = finished(&mut grace) => {
+                reconciler.reclaim(epoch);
+                // Flows of what left just now may not have been there when it looked.
+                sweep_is_stale = true;
+            }
+            Some(unused) = finished(&mut sweep) => {
+                if !sweep_is_stale {
+                    reconciler.clear(&unused);
+                }
+            }
+            _ = sweep_time.tick() => {
+                if sweep.is_none() && !reconciler.pending_clears().is_empty() {
+                    sweep_is_stale = false;
+                    sweep = Some(start_sweep(&pins, reconciler.pending_clears().clone()));
+                }
+            }
+            () = sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
+        }
+    }
+}
+
+/// The result of a blocking job; never, while there is none. A job that panicked has none.
+async fn finished<T>(job: &mut Option<JoinHandle<T>>) -> Option<T> {
+    let Some(running) = job else {
+        return future::pending().await;
+    };
+    let result = running.await;
+    *job = None;
+    result
+        .inspect_err(|error| warn!(%error, "background job"))
+        .ok()
+}
+
+fn answer(reconciler: &Reconciler<Kernel>, question: Question) {
+    // Who no longer listens needs no answer.
+    match question {
+        Question::Summary(sender) => drop(sender.send(Summary {
+            programmed: reconciler.programmed(),
+            incomplete: reconciler.incomplete(),
+            node: reconciler.node(),
+            services: reconciler.services(),
+            tables: reconciler.table_uses(),
+        })),
+        Question::Names(sender) => drop(sender.send(reconciler.names())),
+    }
+}
+
+/// Looks through all flows, beside the task: a million of them take a while. Returns the bits
+/// that none needs.
+fn start_sweep(pins: &Pins, bits: BTreeSet<GuardBit>) -> JoinHandle<BTreeSet<GuardBit>> {
+    let pins = pins.clone();
+    tokio::task::spawn_blocking(move || {
+        let started = Instant::now();
+        match unused(&pins, &bits) {
+            Ok(unused) => {
+                debug!(bits = bits.len(), unused = unused.len(), elapsed = ?started.elapsed(), "swept");
+                unused
+            }
+            Err(error) => {
+                warn!(
+                    error = error.as_ref() as &dyn std::error::Error,
+                    "flows not read; tried again"
+                );
+                BTreeSet::new()
+            }
+        }
+    })
+}
+
+fn unused(
+    pins: &Pins,
+    bits: &BTreeSet<GuardBit>,
+) -> Result<BTreeSet<GuardBit>, Box<dyn std::error::Error + Send + Sync>> {
+    let clock = Clock::new()?.now()?;
+    let reader = Kernel::new(loader::open_maps(pins)?)?;
+    let used = reader
+        .flows_in_use(bits, clock)
+        .map_err(Box::<DataplaneError>::new)?;
+    Ok(bits.difference(&used).copied().collect())
+}

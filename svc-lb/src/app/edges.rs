@@ -1,0 +1,80 @@
+//! The task that keeps the programs on the edges.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::dataplane::attach::{Attacher, EdgeStatus};
+use crate::dataplane::edges::{EdgeSettings, Refused, choose};
+use crate::node::Node;
+
+/// How often everything attached is looked at: somebody may have removed it.
+const VERIFY: Duration = Duration::from_secs(30);
+/// Pause before an edge that failed is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The task's part of the status.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Report {
+    /// The edges were attached once.
+    pub(super) attached: bool,
+    pub(super) edges: Vec<EdgeStatus>,
+    pub(super) refused: Vec<Refused>,
+}
+
+/// Runs until it is cancelled, or until the node is no longer watched.
+///
+/// Begins when `begin` says so: programs over empty maps would drop what they take for
+/// unallocated service addresses.
+pub(super) async fn run(
+    mut attacher: Attacher,
+    settings: EdgeSettings,
+    mut node: watch::Receiver<Arc<Node>>,
+    mut begin: watch::Receiver<bool>,
+    report: watch::Sender<Report>,
+    cancel: CancellationToken,
+) {
+    tokio::select! {
+        () = cancel.cancelled() => return,
+        told = begin.wait_for(|begin| *begin) => if told.is_err() { return },
+    }
+    let mut refused = Vec::new();
+    let mut verify_at = Instant::now() + VERIFY;
+    loop {
+        let now = Instant::now();
+        let verify = now >= verify_at;
+        if verify {
+            verify_at = now + VERIFY;
+        }
+        let current = Arc::clone(&node.borrow_and_update());
+        let choice = choose(&current, &settings);
+        for new in choice.refused.iter().filter(|new| !refused.contains(*new)) {
+            warn!(
+                interface = new.name,
+                reason = new.reason,
+                "interface refused"
+            );
+        }
+        refused.clone_from(&choice.refused);
+        attacher.apply(&choice, verify).await;
+        report.send_replace(Report {
+            attached: true,
+            edges: attacher.status().cloned().collect(),
+            refused: choice.refused,
+        });
+        let next = if attacher.incomplete() {
+            verify_at.min(Instant::now() + RETRY)
+        } else {
+            verify_at
+        };
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = node.changed() => if changed.is_err() { return },
+            () = sleep_until(next) => {}
+        }
+    }
+}

@@ -1,0 +1,452 @@
+//! The agent: wires everything, and is the only place that does.
+//!
+//! ```text
+//! sources -> apply (reconciler: intake, control plane, model, compile, plan) -> maps
+//! netlink -> apply (NodePort addresses)
+//! netlink -> edges (choice, attach) -> links, edges map
+//! admin socket <- all of them
+//! ```
+
+pub mod admin;
+mod apply;
+mod edges;
+pub mod reconcile;
+mod status;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use aya::Ebpf;
+use aya_log::EbpfLogger;
+use svc_lb_common::config::{self, Config};
+use svc_lb_common::outcome::Hook;
+use thiserror::Error;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+use tracing::{info, warn};
+
+use self::admin::{Admin, AdminError};
+use self::reconcile::Reconciler;
+use self::status::Gatherer;
+use crate::compile::CompileOptions;
+use crate::dataplane::attach::{AttachError, Attacher, TcHook};
+use crate::dataplane::edges::EdgeSettings;
+use crate::dataplane::kernel::Kernel;
+use crate::dataplane::loader::{self, LoadError, Programs};
+use crate::dataplane::pins::{PinError, PinLock, Pins};
+use crate::dataplane::sizes::{MapSizes, SizeOverride};
+use crate::dataplane::{DataplaneError, probe};
+use crate::model::{Batch, SourceId};
+use crate::node::{self, NodeError};
+use crate::observe::status::ProgramStatus;
+use crate::source;
+use crate::standalone::{self, Standalone};
+
+/// Batches that may wait for the apply task.
+const BATCHES: usize = 1_024;
+/// Questions that may wait for the apply task.
+const QUESTIONS: usize = 16;
+/// How long tasks may take to end.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Everything that `svc-lb run` can be told.
+#[derive(Debug)]
+pub struct Settings {
+    /// At least one.
+    pub sources: Vec<source::Spec>,
+    /// Name that endpoints use for this node.
+    pub node_name: String,
+    /// The control plane of sources that have none.
+    pub standalone: standalone::Config,
+    /// How Services become tables.
+    pub compile: CompileOptions,
+    /// Where everything is pinned.
+    pub pins: Pins,
+    /// Entries of maps that are made now.
+    pub sizes: Vec<SizeOverride>,
+    /// The programs' settings; the agent fills in what it finds out.
+    pub config: Config,
+    /// Which interfaces are edges.
+    pub edges: EdgeSettings,
+    /// How tc programs are attached; by what the kernel has, if not said.
+    pub tc: Option<TcHook>,
+    /// Where to answer `status` and its like.
+    pub admin_socket: PathBuf,
+}
+
+/// Why the agent cannot run.
+#[derive(Debug, Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum AppError {
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    #[error("the control plane of --manifests and --stream")]
+    Standalone(#[from] standalone::Error),
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error("open the pinned maps")]
+    Maps(#[source] DataplaneError),
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    #[error("{operation}")]
+    System {
+        operation: &'static str,
+        source: io::Error,
+    },
+    #[error("the task {0} ended by itself; the log says why")]
+    TaskEnded(&'static str),
+}
+
+fn system(operation: &'static str) -> impl Fn(io::Error) -> AppError {
+    move |source| AppError::System { operation, source }
+}
+
+/// Runs the agent until SIGTERM or SIGINT. Everything stays pinned and attached then.
+pub async fn run(settings: Settings) -> Result<(), AppError> {
+    let signals = Signals::catch()?;
+    // What can be wrong with the command line comes first: nothing is touched yet.
+    let tasks = Tasks::default();
+    let (batch_sender, batches) = mpsc::channel(BATCHES);
+    let mut sources = Vec::new();
+    for (id, spec) in (0..).map(SourceId).zip(&settings.sources) {
+        let cancel = tasks.cancel.clone();
+        sources.push(source::spawn(
+            id,
+            spec.clone(),
+            batch_sender.clone(),
+            cancel,
+        )?);
+    }
+    drop(batch_sender);
+    let standalone = Standalone::open(&settings.standalone)?;
+    let admin = Admin::open(&settings.admin_socket).await?;
+
+    let prepared = Prepared::new(&settings)?;
+    let reconciler = Reconciler::new(
+        reconcile::Settings {
+            sources: sources.iter().map(|source| source.id).collect(),
+            node_name: settings.node_name.clone(),
+            options: settings.compile.clone(),
+            standalone,
+        },
+        Kernel::new(loader::open_maps(&settings.pins)?).map_err(AppError::Maps)?,
+    )
+    .map_err(AppError::Maps)?;
+    let inputs = Started {
+        sources,
+        batches,
+        admin,
+        reconciler,
+    };
+    let _lock = start(&settings, prepared, inputs, &tasks).await?;
+
+    let signal = tokio::select! {
+        signal = signals.wait() => Some(signal),
+        () = tasks.cancel.cancelled() => None,
+    };
+    match (signal, tasks.end().await) {
+        (Some(signal), None) => {
+            info!(signal, "agent stops; programs and flows stay");
+            Ok(())
+        }
+        (_, ended) => Err(AppError::TaskEnded(ended.unwrap_or("?"))),
+    }
+}
+
+/// The signals that end the agent.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn catch() -> Result<Self, AppError> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(system("catch SIGTERM"))?,
+            interrupt: signal(SignalKind::interrupt()).map_err(system("catch SIGINT"))?,
+        })
+    }
+
+    async fn wait(mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// The kernel side: loaded, attached to nothing yet.
+struct Prepared {
+    lock: PinLock,
+    programs: Programs,
+    config: Config,
+    adopted: bool,
+    ebpf: Ebpf,
+}
+
+impl Prepared {
+    fn new(settings: &Settings) -> Result<Self, AppError> {
+        let pins = &settings.pins;
+        pins.prepare()?;
+        let lock = pins.lock()?;
+        let sizes = MapSizes::for_this_machine(&settings.sizes)
+            .map_err(system("read the memory's size"))?;
+        let loader::Loaded {
+            programs,
+            config,
+            adopted,
+            ebpf,
+        } = loader::load(&loader::Settings {
+            object: loader::object()?,
+            pins,
+            sizes: &sizes,
+            config: Config {
+                bits: settings.config.bits | detected(),
+                ..settings.config
+            },
+        })?;
+        Ok(Self {
+            lock,
+            programs,
+            config,
+            adopted,
+            ebpf,
+        })
+    }
+}
+
+/// What runs or listens already.
+struct Started {
+    sources: Vec<source::Running>,
+    batches: mpsc::Receiver<Batch>,
+    admin: Admin,
+    reconciler: Reconciler<Kernel>,
+}
+
+/// Connects and starts all tasks.
+async fn start(
+    settings: &Settings,
+    prepared: Prepared,
+    started: Started,
+    tasks: &Tasks,
+) -> Result<PinLock, AppError> {
+    let Prepared {
+        lock,
+        programs,
+        config,
+        adopted,
+        ebpf,
+    } = prepared;
+    let Started {
+        sources,
+        batches,
+        admin,
+        reconciler,
+    } = started;
+    let pins = &settings.pins;
+    let cancel = &tasks.cancel;
+    let (questions, question_receiver) = mpsc::channel(QUESTIONS);
+    let (edge_report, edge_status) = watch::channel(edges::Report::default());
+    // Adopted programs are replaced at once; new ones wait for their maps to be filled.
+    let (programmed, begin) = watch::channel(adopted);
+
+    let (watcher, node) = node::watch().await?;
+    tasks.spawn(
+        "netlink",
+        cancel.clone().run_until_cancelled_owned(watcher.run()),
+    );
+    let program_status = describe(&programs);
+    let tc = settings.tc.unwrap_or_else(probe::tc_hook);
+    let attacher = Attacher::new(pins.clone(), programs, tc, node::requests()?)?;
+    let edge_settings = settings.edges.clone();
+    tasks.spawn(
+        "edges",
+        edges::run(
+            attacher,
+            edge_settings,
+            node.clone(),
+            begin,
+            edge_report,
+            cancel.clone(),
+        ),
+    );
+    let gatherer = Gatherer {
+        started: Instant::now(),
+        pins: pins.clone(),
+        programs: program_status,
+        sources,
+        questions,
+        edges: edge_status,
+        node: node.clone(),
+    };
+    tasks.spawn(
+        "admin socket",
+        admin.run(Arc::new(gatherer), cancel.clone()),
+    );
+    diagnostics(ebpf, &config, tasks)?;
+    let inputs = apply::Inputs {
+        batches,
+        node,
+        questions: question_receiver,
+        programmed,
+        cancel: cancel.clone(),
+    };
+    start_apply(reconciler, inputs, pins.clone(), tasks)?;
+    info!(admin_socket = %settings.admin_socket.display(), ?tc, hz = config.hz, "agent runs");
+    Ok(lock)
+}
+
+/// Bits of the programs' settings that depend on the kernel.
+fn detected() -> u32 {
+    match probe::has_csum_ipv6() {
+        Ok(true) => config::CSUM_IPV6,
+        Ok(false) => 0,
+        Err(error) => {
+            warn!(%error, "cannot probe the IPv6 checksum helper; taken for missing");
+            0
+        }
+    }
+}
+
+fn describe(programs: &Programs) -> Vec<ProgramStatus> {
+    if let Some(error) = &programs.xdp_refused {
+        warn!(%error, "XDP is off");
+    }
+    Hook::ALL
+        .iter()
+        .filter_map(|hook| {
+            Some(ProgramStatus {
+                name: hook.name().to_owned(),
+                id: programs.id(*hook)?,
+                verified_instructions: programs
+                    .verified_instructions()
+                    .find(|(name, _)| *name == hook.name())
+                    .map(|(_, instructions)| instructions),
+            })
+        })
+        .collect()
+}
+
+/// Starts the thread that owns the reconciler: a long write then delays nobody else.
+fn start_apply(
+    reconciler: Reconciler<Kernel>,
+    inputs: apply::Inputs,
+    pins: Pins,
+    tasks: &Tasks,
+) -> Result<(), AppError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .map_err(system("start the apply runtime"))?;
+    let end = tasks.end_of("apply");
+    thread::Builder::new()
+        .name("apply".to_owned())
+        .spawn(move || {
+            let _end = end;
+            runtime.block_on(apply::run(reconciler, inputs, pins));
+        })
+        .map_err(system("start the apply thread"))?;
+    Ok(())
+}
+
+/// Reads what the programs say, if the operator asked for it.
+fn diagnostics(mut ebpf: Ebpf, config: &Config, tasks: &Tasks) -> Result<(), AppError> {
+    if config.bits & config::DIAGNOSTICS == 0 {
+        return Ok(());
+    }
+    let logger = match EbpfLogger::init(&mut ebpf) {
+        Ok(logger) => logger,
+        Err(error) => {
+            warn!(%error, "--datapath-log: these programs have nothing to say");
+            return Ok(());
+        }
+    };
+    // SAFETY: the logger owns its descriptor, keeps it for as long as it lives, and nobody else
+    // closes it.
+    let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }
+        .map_err(|error| system("watch the programs' log")(error.into_parts().1))?;
+    let read = async move {
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    };
+    tasks.spawn(
+        "datapath log",
+        tasks.cancel.clone().run_until_cancelled_owned(read),
+    );
+    Ok(())
+}
+
+/// Tasks of which none may end before the agent does.
+#[derive(Default)]
+struct Tasks {
+    cancel: CancellationToken,
+    tracker: TaskTracker,
+    /// The one that ended by itself.
+    ended: Arc<OnceLock<&'static str>>,
+}
+
+impl Tasks {
+    /// Runs a task whose end, or panic, ends the agent.
+    fn spawn<T>(&self, name: &'static str, task: impl Future<Output = T> + Send + 'static) {
+        let end = self.end_of(name);
+        tokio::spawn(async move {
+            let _end = end;
+            task.await;
+        });
+    }
+
+    /// To be dropped at the end of whatever `name` is.
+    fn end_of(&self, name: &'static str) -> End {
+        End {
+            name,
+            cancel: self.cancel.clone(),
+            ended: Arc::clone(&self.ended),
+            _tracked: self.tracker.token(),
+        }
+    }
+
+    /// Ends all; returns the one that had ended by itself.
+    async fn end(self) -> Option<&'static str> {
+        self.cancel.cancel();
+        self.tracker.close();
+        if timeout(FAREWELL, self.tracker.wait()).await.is_err() {
+            warn!("tasks are still busy; they are left behind");
+        }
+        self.ended.get().copied()
+    }
+}
+
+/// Dropped with its task.
+struct End {
+    name: &'static str,
+    cancel: CancellationToken,
+    ended: Arc<OnceLock<&'static str>>,
+    _tracked: TaskTrackerToken,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        if !self.cancel.is_cancelled() {
+            // Only the first one counts.
+            self.ended.get_or_init(|| self.name);
+            self.cancel.cancel();
+        }
+    }
+}

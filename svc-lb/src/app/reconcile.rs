@@ -1,0 +1,315 @@
+//! From batches of changes to what the maps hold: intake, control plane, model, compile, plan.
+//!
+//! Synchronous, and the only owner of all of it; [`super::apply`] drives it. Runs against any
+//! [`Dataplane`].
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, info, warn};
+
+use crate::compile::desired::PortKey;
+use crate::compile::{CompileOptions, Note, compile};
+use crate::dataplane::{self, Dataplane, GuardBit};
+use crate::model::{Batch, Intake, Model, ObjectName, SourceId};
+use crate::observe::status::{NodeStatus, ServiceNotes, ServicesStatus};
+use crate::plan::{self, Epoch, Planner, TableUse};
+use crate::standalone::Standalone;
+
+/// Pause after the first failure to write; doubled with each further one.
+const BACKOFF: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
+
+/// What a reconciler starts from.
+#[derive(Debug)]
+pub struct Settings {
+    /// Sources whose first lists are waited for.
+    pub sources: Vec<SourceId>,
+    /// Name that endpoints use for this node.
+    pub node_name: String,
+    /// How Services become tables.
+    pub options: CompileOptions,
+    /// The control plane of sources that have none.
+    pub standalone: Standalone,
+}
+
+/// Owns the cluster's state and what is programmed of it.
+#[derive(Debug)]
+pub struct Reconciler<D> {
+    intake: Intake,
+    standalone: Standalone,
+    model: Model,
+    options: CompileOptions,
+    planner: Planner,
+    dataplane: D,
+    compiled: BTreeMap<ObjectName, Outcome>,
+    refusals: Vec<plan::Refusal>,
+    listed: bool,
+    programmed: bool,
+    writes: u64,
+    failures: u64,
+    failing: Option<Failing>,
+}
+
+/// What became of one Service.
+#[derive(Debug, Default)]
+struct Outcome {
+    ports: usize,
+    notes: Vec<Note>,
+}
+
+/// The maps cannot be written at the moment.
+#[derive(Debug)]
+struct Failing {
+    error: String,
+    pause: Duration,
+    until: Instant,
+}
+
+impl<D: Dataplane> Reconciler<D> {
+    /// Takes over what is programmed, numbers and all. Waits out a grace period.
+    pub fn new(settings: Settings, dataplane: D) -> dataplane::Result<Self> {
+        let Settings {
+            sources,
+            node_name,
+            options,
+            standalone,
+        } = settings;
+        let snapshot = dataplane.snapshot()?;
+        dataplane.grace()?;
+        let planner = Planner::restore(&snapshot);
+        if !planner.damage().is_none() {
+            warn!(damage = ?planner.damage(), "damaged map entries found; they are repaired");
+        }
+        Ok(Self {
+            intake: Intake::new(sources),
+            standalone,
+            model: Model::new(node_name),
+            options,
+            planner,
+            dataplane,
+            compiled: BTreeMap::new(),
+            refusals: Vec::new(),
+            listed: false,
+            programmed: false,
+            writes: 0,
+            failures: 0,
+            failing: None,
+        })
+    }
+
+    /// Takes changes in. Nothing comes of them until every source's first list is complete.
+    pub fn take(&mut self, batches: impl IntoIterator<Item = Batch>) {
+        let mut edits = Vec::new();
+        for batch in batches {
+            edits.extend(self.intake.apply(batch));
+        }
+        if !self.intake.started() {
+            return;
+        }
+        let affected = self.model.apply(self.standalone.apply(edits));
+        debug!(services = affected.len(), "compile");
+        for name in affected {
+            self.compile(name);
+        }
+        if !self.listed {
+            self.listed = true;
+            self.planner.remove_unclaimed();
+            info!(
+                services = self.compiled.len(),
+                "every source's list is complete"
+            );
+        }
+    }
+
+    /// Says which of the node's addresses serve NodePorts.
+    pub fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) {
+        self.planner.set_node_addresses(addresses.iter().copied());
+    }
+
+    /// Writes what is pending, unless a failure a moment ago forbids it. Returns when to come
+    /// again although nothing changed.
+    pub fn apply(&mut self, now: Instant) -> Option<Instant> {
+        if !self.listed || !self.planner.is_pending() {
+            self.programmed |= self.listed;
+            return None;
+        }
+        if let Some(failing) = &self.failing
+            && now < failing.until
+        {
+            return Some(failing.until);
+        }
+        match plan::apply(&mut self.planner, &mut self.dataplane) {
+            Ok(writes) => {
+                self.applied(writes, now);
+                None
+            }
+            Err(error) => Some(self.failed(&error, now)),
+        }
+    }
+
+    /// The first complete lists are programmed.
+    pub fn programmed(&self) -> bool {
+        self.programmed
+    }
+
+    /// Starts a grace period, if something waits for one; [`Reconciler::reclaim`] ends it.
+    pub fn seal(&mut self) -> Option<Epoch> {
+        self.planner.seal()
+    }
+
+    /// A grace period is over.
+    pub fn reclaim(&mut self, epoch: Epoch) {
+        self.planner.reclaim(epoch);
+    }
+
+    /// Guard bits that can be cleared unless live flows need them.
+    pub fn pending_clears(&self) -> &BTreeSet<GuardBit> {
+        self.planner.pending_clears()
+    }
+
+    /// Clears guard bits that no flow was found to need. Those that an object needs again
+    /// meanwhile stay.
+    pub fn clear(&mut self, unused: &BTreeSet<GuardBit>) {
+        let bits: Vec<GuardBit> = self
+            .planner
+            .pending_clears()
+            .intersection(unused)
+            .copied()
+            .collect();
+        let result = self.dataplane.clear_guard(&bits);
+        if let Err(error) = &result {
+            warn!(%error, "guard bits not cleared; tried again");
+        }
+        self.planner.cleared(&bits, result.is_ok());
+    }
+
+    /// Which service port has which index.
+    pub fn names(&self) -> BTreeMap<u32, PortKey> {
+        self.planner.names()
+    }
+
+    /// How full the tables are.
+    pub fn table_uses(&self) -> Vec<TableUse> {
+        self.planner.table_uses()
+    }
+
+    /// Sources whose current list is not complete.
+    pub fn incomplete(&self) -> Vec<SourceId> {
+        self.intake.incomplete()
+    }
+
+    /// This node's name and zone.
+    pub fn node(&self) -> NodeStatus {
+        let node = self.model.node();
+        NodeStatus {
+            name: node.name.clone(),
+            zone: node.zone.clone(),
+            addresses: Vec::new(),
+        }
+    }
+
+    /// How the Services are.
+    pub fn services(&self) -> ServicesStatus {
+        let describe = |(name, outcome): (&ObjectName, &Outcome)| ServiceNotes {
+            service: name.to_string(),
+            notes: outcome.notes.iter().map(ToString::to_string).collect(),
+        };
+        let (programmed, not_programmed): (Vec<_>, Vec<_>) = self
+            .compiled
+            .iter()
+            .partition(|(_, outcome)| outcome.ports > 0);
+        ServicesStatus {
+            known: self.compiled.len(),
+            programmed: programmed.len(),
+            ports: programmed.iter().map(|(_, outcome)| outcome.ports).sum(),
+            not_programmed: not_programmed.into_iter().map(describe).collect(),
+            notes: programmed
+                .into_iter()
+                .filter(|(_, outcome)| !outcome.notes.is_empty())
+                .map(describe)
+                .collect(),
+            refusals: self.refusals.iter().map(ToString::to_string).collect(),
+            control_plane: self
+                .standalone
+                .problems()
+                .map(ToString::to_string)
+                .collect(),
+            pending: self.planner.is_pending(),
+            writes: self.writes,
+            failures: self.failures,
+            last_error: self.failing.as_ref().map(|failing| failing.error.clone()),
+            damaged_at_start: (!self.planner.damage().is_none())
+                .then(|| format!("{:?}", self.planner.damage())),
+        }
+    }
+
+    fn compile(&mut self, name: ObjectName) {
+        let Some(service) = self.model.service(&name) else {
+            self.planner.remove_service(&name);
+            self.compiled.remove(&name);
+            return;
+        };
+        let compiled = compile(
+            service,
+            self.model.slices(&name),
+            self.model.node(),
+            &self.options,
+        );
+        let outcome = Outcome {
+            ports: compiled.ports.len(),
+            notes: compiled.notes,
+        };
+        self.planner.set_service(&name, compiled.ports);
+        self.compiled.insert(name, outcome);
+    }
+
+    fn applied(&mut self, writes: usize, now: Instant) {
+        self.writes += writes as u64;
+        self.programmed = true;
+        if self.failing.take().is_some() {
+            info!(failures = self.failures, "the maps can be written again");
+        }
+        debug!(writes, micros = now.elapsed().as_micros(), "programmed");
+        let refusals = self.planner.refusals();
+        for refusal in refusals
+            .iter()
+            .filter(|refusal| !self.refusals.contains(refusal))
+        {
+            warn!(%refusal, "not programmed as desired");
+        }
+        self.refusals = refusals;
+    }
+
+    fn failed(&mut self, error: &plan::ApplyError, now: Instant) -> Instant {
+        self.failures += 1;
+        let pause = self
+            .failing
+            .as_ref()
+            .map_or(BACKOFF, |failing| (failing.pause * 2).min(BACKOFF_MAX));
+        let until = now + pause;
+        warn!(
+            error = error as &dyn std::error::Error,
+            ?pause,
+            "maps not written; tried again"
+        );
+        self.failing = Some(Failing {
+            error: causes(error),
+            pause,
+            until,
+        });
+        until
+    }
+}
+
+/// An error with its causes, in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

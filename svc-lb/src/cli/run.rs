@@ -1,0 +1,328 @@
+//! `svc-lb run`.
+
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use clap::{ArgAction, ValueEnum};
+use ipnet::IpNet;
+use svc_lb_common::config::{self, Config};
+
+use super::Global;
+use super::args::EdgeArgs;
+use crate::app::{self, Settings};
+use crate::compile::{CompileOptions, OutsideReach};
+use crate::dataplane::attach::TcHook;
+use crate::dataplane::sizes::SizeOverride;
+use crate::source::Spec;
+use crate::source::stream::Target;
+use crate::standalone;
+
+/// Run the agent of this node: keep the maps equal to what the sources say.
+///
+/// Adopts what an earlier agent left pinned, replaces its programs in place, and leaves everything
+/// in place when it ends, by whatever means: traffic goes on. `svc-lb detach` removes it.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Exit codes:
+  0  ended by SIGTERM or SIGINT; programs and flows stay
+  1  cannot run, the message says why
+  2  the command line is wrong
+
+Examples:
+  svc-lb run --manifests examples/ --service-cidr 10.96.0.0/16
+  kubectl get --raw '/apis/discovery.k8s.io/v1/endpointslices?watch=1&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true' | svc-lb run --stream - --manifests services/
+  svc-lb run --stream unix:/run/svc-lb/endpoints.sock --stream-initial-quiet 500ms
+  svc-lb run --manifests objects.yaml --uplink 'ens*' --pod-interface 'cali*' --log debug")]
+#[command(group(clap::ArgGroup::new("sources").required(true).multiple(true)))]
+pub(super) struct Args {
+    /// Kubernetes objects in YAML or JSON: a file or a directory, watched; may be repeated
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "SVC_LB_MANIFESTS",
+        value_delimiter = ',',
+        action = ArgAction::Append,
+        group = "sources"
+    )]
+    manifests: Vec<PathBuf>,
+    /// Kubernetes watch events as concatenated JSON values: - for standard input, a file or fifo,
+    /// or unix:PATH for a socket to listen on; may be repeated
+    #[arg(
+        long,
+        value_name = "TARGET",
+        env = "SVC_LB_STREAM",
+        value_delimiter = ',',
+        action = ArgAction::Append,
+        group = "sources"
+    )]
+    stream: Vec<Target>,
+    /// How long a stream without the bookmark that ends its first list may be silent until the
+    /// list counts as complete [default: for ever]
+    #[arg(long, value_name = "DURATION", env = "SVC_LB_STREAM_INITIAL_QUIET")]
+    stream_initial_quiet: Option<humantime::Duration>,
+    /// Name that endpoints and hints use for this node [default: the host name]
+    #[arg(long, value_name = "NAME", env = "SVC_LB_NODE_NAME")]
+    node_name: Option<String>,
+    /// Handle the Services whose label service.kubernetes.io/service-proxy-name is NAME; those
+    /// without the label otherwise
+    #[arg(long, value_name = "NAME", env = "SVC_LB_SERVICE_PROXY_NAME")]
+    service_proxy_name: Option<String>,
+    /// What clients outside get where a Local policy finds no endpoint on this node
+    #[arg(
+        long,
+        value_name = "ANSWER",
+        env = "SVC_LB_NO_LOCAL_ENDPOINT",
+        value_enum,
+        default_value_t
+    )]
+    no_local_endpoint: NoLocalEndpoint,
+    #[command(flatten)]
+    control_plane: ControlPlaneArgs,
+    #[command(flatten)]
+    edges: EdgeArgs,
+    #[command(flatten)]
+    dataplane: DataplaneArgs,
+}
+
+/// `--no-local-endpoint`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum NoLocalEndpoint {
+    /// Nothing: load balancers then try another node.
+    #[default]
+    Drop,
+    /// Connection refused.
+    Reject,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Control plane of objects that were never in a cluster")]
+struct ControlPlaneArgs {
+    /// Range of ClusterIPs, one for each family; packets to addresses in it that belong to no
+    /// Service are dropped
+    #[arg(
+        long,
+        value_name = "CIDR",
+        env = "SVC_LB_SERVICE_CIDR",
+        value_delimiter = ',',
+        action = ArgAction::Append
+    )]
+    service_cidr: Vec<IpNet>,
+    /// Ports that NodePorts are taken from
+    #[arg(
+        long,
+        value_name = "FIRST-LAST",
+        env = "SVC_LB_NODE_PORT_RANGE",
+        value_parser = ports,
+        default_value = "30000-32767"
+    )]
+    node_port_range: RangeInclusive<u16>,
+    /// Addresses that Services of type LoadBalancer get; without any, they wait for one
+    #[arg(
+        long,
+        value_name = "CIDR",
+        env = "SVC_LB_LB_POOL",
+        value_delimiter = ',',
+        action = ArgAction::Append
+    )]
+    lb_pool: Vec<IpNet>,
+    /// Where addresses and ports that were handed out are kept
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "SVC_LB_STATE_DIR",
+        default_value = "/var/lib/svc-lb"
+    )]
+    state_dir: PathBuf,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Dataplane")]
+struct DataplaneArgs {
+    /// How tc programs are attached [default: tcx where the kernel has it (6.6), else clsact]
+    #[arg(long, value_name = "HOOK", env = "SVC_LB_TC_HOOK", value_enum)]
+    tc_hook: Option<TcHook>,
+    /// Entries of a map, in place of the default; counts when the map is made
+    #[arg(
+        long,
+        value_name = "MAP=ENTRIES",
+        env = "SVC_LB_MAP_SIZE",
+        value_delimiter = ',',
+        action = ArgAction::Append
+    )]
+    map_size: Vec<SizeOverride>,
+    /// Log what the programs have to say: rare events, sampled
+    #[arg(long, env = "SVC_LB_DATAPATH_LOG")]
+    datapath_log: bool,
+}
+
+fn ports(text: &str) -> Result<RangeInclusive<u16>> {
+    let (first, last) = text
+        .split_once('-')
+        .context("write FIRST-LAST, as in 30000-32767")?;
+    let range = first.trim().parse()?..=last.trim().parse()?;
+    if *range.start() == 0 || range.is_empty() {
+        bail!("ports go from 1 to 65535, the smaller one first");
+    }
+    Ok(range)
+}
+
+pub(super) fn run(args: Args, global: &Global) -> Result<ExitCode> {
+    let settings = settings(args, global)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(app::run(settings))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn settings(args: Args, global: &Global) -> Result<Settings> {
+    let Args {
+        manifests,
+        stream,
+        stream_initial_quiet,
+        node_name,
+        service_proxy_name,
+        no_local_endpoint,
+        control_plane:
+            ControlPlaneArgs {
+                service_cidr,
+                node_port_range,
+                lb_pool,
+                state_dir,
+            },
+        edges,
+        dataplane:
+            DataplaneArgs {
+                tc_hook,
+                map_size,
+                datapath_log,
+            },
+    } = args;
+    let node_name = match node_name {
+        Some(name) => name,
+        None => nix::unistd::gethostname()
+            .context("read the host name; or say --node-name")?
+            .to_string_lossy()
+            .into_owned(),
+    };
+    let mut sources: Vec<Spec> = manifests.into_iter().map(Spec::Manifests).collect();
+    sources.extend(stream.into_iter().map(|target| Spec::Stream {
+        target,
+        initial_quiet: stream_initial_quiet.map(Into::into),
+    }));
+    let mut config = with_service_cidrs(Config::DEFAULT, &service_cidr)?;
+    if no_local_endpoint == NoLocalEndpoint::Reject {
+        config.bits |= config::REJECT_NO_LOCAL;
+    }
+    if datapath_log {
+        config.bits |= config::DIAGNOSTICS;
+    }
+    Ok(Settings {
+        sources,
+        node_name,
+        standalone: standalone::Config {
+            service_cidrs: service_cidr,
+            node_ports: node_port_range,
+            lb_pools: lb_pool,
+            state_dir: Some(state_dir),
+        },
+        compile: CompileOptions {
+            proxy_name: service_proxy_name,
+            outside_reaches: OutsideReach::LocalBackends,
+        },
+        pins: global.pins(),
+        sizes: map_size,
+        config,
+        edges: edges.settings(),
+        tc: tc_hook,
+        admin_socket: global.admin_socket.clone(),
+    })
+}
+
+/// The programs know one service range of each family.
+fn with_service_cidrs(mut config: Config, cidrs: &[IpNet]) -> Result<Config> {
+    for cidr in cidrs {
+        match cidr {
+            IpNet::V4(cidr) if config.service_mask4.0 == 0 => {
+                config.service_net4 = cidr.network().into();
+                config.service_mask4 = cidr.netmask().into();
+            }
+            IpNet::V6(cidr) if config.service_mask6.0 == [0; 4] => {
+                config.service_net6 = cidr.network().into();
+                config.service_mask6 = cidr.netmask().into();
+            }
+            IpNet::V4(_) | IpNet::V6(_) => {
+                bail!("--service-cidr {cidr}: give one range of each family at most")
+            }
+        }
+    }
+    Ok(config)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+    use svc_lb_common::{Addr4, Addr6};
+
+    use super::super::{Cli, Command};
+    use super::*;
+
+    fn parse(line: &str) -> Result<Settings> {
+        let cli = Cli::try_parse_from(line.split_whitespace())?;
+        let Command::Run(args) = cli.command else {
+            bail!("another command");
+        };
+        settings(*args, &cli.global)
+    }
+
+    #[test]
+    fn settings_follow_the_command_line() {
+        let settings = parse(
+            "svc-lb run --manifests a --manifests b --stream - --node-name n --service-cidr 10.96.0.0/16 \
+             --service-cidr fd00:96::/112 --no-local-endpoint reject --map-size services=4096",
+        )
+        .unwrap();
+        assert_eq!(settings.sources.len(), 3);
+        let config = settings.config;
+        assert_eq!(
+            config.service_net4,
+            Addr4::from(std::net::Ipv4Addr::new(10, 96, 0, 0))
+        );
+        assert_eq!(
+            config.service_mask4,
+            Addr4::from(std::net::Ipv4Addr::new(255, 255, 0, 0))
+        );
+        let mask6: Addr6 = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:0"
+            .parse::<std::net::Ipv6Addr>()
+            .unwrap()
+            .into();
+        assert_eq!(config.service_mask6, mask6);
+        assert_ne!(config.bits & config::REJECT_NO_LOCAL, 0);
+        assert_eq!(config.bits & config::DIAGNOSTICS, 0);
+    }
+
+    #[test]
+    fn wrong_command_lines_say_what_is_wrong() {
+        let error = |line| format!("{:#}", parse(line).unwrap_err());
+        assert!(error("svc-lb run").contains("--manifests"));
+        let two = "svc-lb run --manifests a --service-cidr 10.0.0.0/16 --service-cidr 10.1.0.0/16";
+        assert!(error(two).contains("one range of each family"));
+        let ports = "svc-lb run --manifests a --node-port-range 40000-30000";
+        assert!(
+            error(ports).contains("smaller one first"),
+            "{}",
+            error(ports)
+        );
+        let size = "svc-lb run --manifests a --map-size flows=1";
+        assert!(error(size).contains("established4"));
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory as _;
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,285 @@
+//! `svc-lb status`.
+
+use std::fmt::Write as _;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+use super::output::{self, Format};
+use super::{Global, client, exit};
+use crate::app::admin::{Answer, Request};
+use crate::dataplane::attach::EdgeStatus;
+use crate::observe::status::{MapStatus, ServiceNotes, ServicesStatus, SourceStatus, Status};
+
+/// Show how the running agent is: sources, services and why some are not programmed, interfaces,
+/// maps.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Exit codes:
+  0  the agent is ready: its sources' lists are complete and programmed, the interfaces attached
+  1  it could not be asked
+  3  it runs, but is not ready yet
+  5  no agent answers; `svc-lb dump` reads the maps without one
+
+Examples:
+  svc-lb status
+  svc-lb status --services
+  svc-lb status -o json | jq .services.not_programmed")]
+pub(super) struct Args {
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Format,
+    /// Show also what there is to say about Services that are programmed
+    #[arg(long)]
+    services: bool,
+}
+
+pub(super) fn run(args: &Args, global: &Global) -> Result<ExitCode> {
+    let Args { output, services } = args;
+    let Some(answer) = client::ask(&global.admin_socket, Request::Status)? else {
+        super::complain(&format!(
+            "no agent answers at {}",
+            global.admin_socket.display()
+        ));
+        return Ok(exit::NO_AGENT.into());
+    };
+    let Answer::Status(status) = answer else {
+        bail!("the agent answered something else");
+    };
+    match output {
+        Format::Json => output::json(&status)?,
+        Format::Table => output::print(&text(&status, *services)?)?,
+    }
+    Ok(if status.ready {
+        ExitCode::SUCCESS
+    } else {
+        exit::DEGRADED.into()
+    })
+}
+
+fn text(status: &Status, all: bool) -> Result<String> {
+    let Status {
+        version,
+        layout,
+        kernel,
+        pid,
+        uptime_seconds,
+        ready,
+        waiting_for,
+        limits,
+        node,
+        sources,
+        services,
+        edges,
+        refused,
+        programs,
+        maps,
+    } = status;
+    let mut out = String::new();
+    writeln!(
+        out,
+        "svc-lb {version} (layout {layout}) on Linux {kernel}: {}, process {pid}, up {uptime_seconds} s",
+        if *ready { "ready" } else { "not ready" },
+    )?;
+    for waiting in waiting_for {
+        writeln!(out, "waiting for {waiting}")?;
+    }
+    for limit in limits {
+        writeln!(out, "note: {limit}")?;
+    }
+    let addresses: Vec<String> = node.addresses.iter().map(ToString::to_string).collect();
+    writeln!(
+        out,
+        "node {}{}, NodePorts on {}",
+        node.name,
+        node.zone
+            .as_ref()
+            .map(|zone| format!(" in zone {zone}"))
+            .unwrap_or_default(),
+        if addresses.is_empty() {
+            "no address".to_owned()
+        } else {
+            addresses.join(" ")
+        },
+    )?;
+
+    section(&mut out, "Sources", &source_table(sources))?;
+    for source in sources {
+        for problem in &source.problems {
+            writeln!(out, "{}: {problem}", source.name)?;
+        }
+    }
+    write_services(&mut out, services, all)?;
+    section(&mut out, "Interfaces", &edge_table(edges))?;
+    for edge in edges {
+        if let Some(error) = &edge.error {
+            writeln!(out, "{}: {error}; tried again", edge.interface)?;
+        }
+    }
+    for refused in refused {
+        writeln!(out, "{}: refused: {}", refused.name, refused.reason)?;
+    }
+
+    let mut table = output::table(&["NAME", "ID", "INSTRUCTIONS VERIFIED"]);
+    for program in programs {
+        let instructions = program
+            .verified_instructions
+            .map_or("-".to_owned(), |n| n.to_string());
+        table.add_row([program.name.clone(), program.id.to_string(), instructions]);
+    }
+    section(&mut out, "Programs", &output::text(&table))?;
+    section(&mut out, "Maps", &map_table(maps))?;
+    Ok(out.trim_end().to_owned())
+}
+
+fn section(out: &mut String, title: &str, body: &str) -> Result<()> {
+    Ok(writeln!(out, "\n{title}\n{body}")?)
+}
+
+fn source_table(sources: &[SourceStatus]) -> String {
+    let mut table = output::table(&["SOURCE", "LIST", "CHANGES", "UNREADABLE", "PROBLEMS"]);
+    for source in sources {
+        table.add_row([
+            source.name.clone(),
+            if source.listed {
+                "complete"
+            } else {
+                "incomplete"
+            }
+            .to_owned(),
+            source.changes.to_string(),
+            source.malformed.to_string(),
+            source.problems.len().to_string(),
+        ]);
+    }
+    output::text(&table)
+}
+
+fn write_services(out: &mut String, services: &ServicesStatus, all: bool) -> Result<()> {
+    let ServicesStatus {
+        known,
+        programmed,
+        ports,
+        not_programmed,
+        notes,
+        refusals,
+        control_plane,
+        pending,
+        writes,
+        failures,
+        last_error,
+        damaged_at_start,
+    } = services;
+    writeln!(
+        out,
+        "\nServices\n{programmed} of {known} programmed, {ports} ports; {writes} writes to the maps, \
+         {failures} failed{}",
+        if *pending {
+            ", something is pending"
+        } else {
+            ""
+        },
+    )?;
+    if let Some(error) = last_error {
+        writeln!(out, "writing fails: {error}; tried again")?;
+    }
+    if let Some(damage) = damaged_at_start {
+        writeln!(out, "repaired at start: {damage}")?;
+    }
+    for refusal in refusals.iter().chain(control_plane) {
+        writeln!(out, "{refusal}")?;
+    }
+    if !not_programmed.is_empty() {
+        writeln!(out, "not programmed:")?;
+        write_notes(out, not_programmed)?;
+    }
+    if notes.is_empty() {
+        return Ok(());
+    }
+    if all {
+        writeln!(out, "notes:")?;
+        return write_notes(out, notes);
+    }
+    writeln!(
+        out,
+        "{} more have notes (--services shows them)",
+        notes.len()
+    )?;
+    Ok(())
+}
+
+fn write_notes(out: &mut String, services: &[ServiceNotes]) -> Result<()> {
+    for ServiceNotes { service, notes } in services {
+        for note in notes {
+            writeln!(out, "  {service}: {note}")?;
+        }
+    }
+    Ok(())
+}
+
+fn edge_table(edges: &[EdgeStatus]) -> String {
+    let mut table = output::table(&["INTERFACE", "INDEX", "ROLE", "TC", "XDP", "BRIDGE", "WHY"]);
+    for edge in edges {
+        let tc = match (&edge.error, edge.tc) {
+            (Some(_), _) => "failed".to_owned(),
+            (None, hook) => format!("{hook:?}").to_lowercase(),
+        };
+        table.add_row([
+            edge.interface.clone(),
+            edge.ifindex.to_string(),
+            edge.role.clone(),
+            tc,
+            edge.xdp.mode.clone(),
+            edge.bridge
+                .map_or("-".to_owned(), |bridge| bridge.to_string()),
+            if edge.role == "uplink" {
+                edge.xdp.reason.clone()
+            } else {
+                String::new()
+            },
+        ]);
+    }
+    output::text(&table)
+}
+
+fn map_table(maps: &[MapStatus]) -> String {
+    let mut table = output::table(&["MAP", "ENTRIES", "LIMIT", "USED", "KERNEL MEMORY"]);
+    for map in maps {
+        let used = map
+            .entries
+            .map(|entries| entries * 100 / u64::from(map.limit.max(1)));
+        table.add_row([
+            map.name.clone(),
+            map.entries
+                .map_or("-".to_owned(), |entries| entries.to_string()),
+            map.limit.to_string(),
+            used.map_or("-".to_owned(), |used| format!("{used} %")),
+            map.bytes.map_or("-".to_owned(), bytes),
+        ]);
+    }
+    let total: u64 = maps.iter().filter_map(|map| map.bytes).sum();
+    table.add_row(["total", "", "", "", &bytes(total)]);
+    output::text(&table)
+}
+
+fn bytes(bytes: u64) -> String {
+    const KIB: u64 = 1 << 10;
+    const MIB: u64 = 1 << 20;
+    if bytes < MIB {
+        return format!("{} KiB", bytes.div_ceil(KIB));
+    }
+    format!("{}.{} MiB", bytes / MIB, bytes % MIB * 10 / MIB)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_shown_in_units() {
+        assert_eq!(bytes(0), "0 KiB");
+        assert_eq!(bytes(1), "1 KiB");
+        assert_eq!(bytes(1 << 20), "1.0 MiB");
+        assert_eq!(bytes((3 << 20) + (1 << 19)), "3.5 MiB");
+    }
+}

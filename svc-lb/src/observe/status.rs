@@ -1,0 +1,129 @@
+//! What `svc-lb status` prints: one record, over the admin socket.
+
+use serde::{Deserialize, Serialize};
+
+use crate::dataplane::attach::EdgeStatus;
+use crate::dataplane::edges::Refused;
+
+/// The whole agent at one moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the agent.
+    pub version: String,
+    /// Version of the layout of the pinned maps.
+    pub layout: u32,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// Process id.
+    pub pid: u32,
+    /// Seconds since the agent started.
+    pub uptime_seconds: u64,
+    /// Every source's list was complete once, is programmed, and the edges are attached.
+    pub ready: bool,
+    /// What readiness waits for.
+    pub waiting_for: Vec<String>,
+    /// What this version leaves to a later one.
+    pub limits: Vec<String>,
+    /// This node.
+    pub node: NodeStatus,
+    /// In the order of the command line.
+    pub sources: Vec<SourceStatus>,
+    /// Services.
+    pub services: ServicesStatus,
+    /// Interfaces with programs.
+    pub edges: Vec<EdgeStatus>,
+    /// Interfaces that were asked for and cannot be edges.
+    pub refused: Vec<Refused>,
+    /// Programs as they were loaded.
+    pub programs: Vec<ProgramStatus>,
+    /// Maps.
+    pub maps: Vec<MapStatus>,
+}
+
+/// This node.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Name that endpoints use for it.
+    pub name: String,
+    /// Its zone, where a Node object told.
+    pub zone: Option<String>,
+    /// Addresses that serve NodePorts.
+    pub addresses: Vec<std::net::IpAddr>,
+}
+
+/// One source.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// As on the command line.
+    pub name: String,
+    /// Its current list is complete.
+    pub listed: bool,
+    /// Changes sent since the start.
+    pub changes: u64,
+    /// Values that could not be read since the start.
+    pub malformed: u64,
+    /// Problems that stand.
+    pub problems: Vec<String>,
+}
+
+/// Services as they are programmed.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ServicesStatus {
+    /// Services known.
+    pub known: usize,
+    /// Services of which something is programmed.
+    pub programmed: usize,
+    /// Service ports programmed, both families.
+    pub ports: usize,
+    /// Services of which nothing is programmed, and why.
+    pub not_programmed: Vec<ServiceNotes>,
+    /// Services that are programmed in part, or not as somebody may expect.
+    pub notes: Vec<ServiceNotes>,
+    /// What found no room, or lost to another service.
+    pub refusals: Vec<String>,
+    /// What the control plane of `--manifests` and `--stream` could not give.
+    pub control_plane: Vec<String>,
+    /// Something waits to be written.
+    pub pending: bool,
+    /// Writes to the maps since the start.
+    pub writes: u64,
+    /// Attempts to write that failed since the start.
+    pub failures: u64,
+    /// Why the latest attempt failed, if it did.
+    pub last_error: Option<String>,
+    /// Entries of the maps that were found damaged at start and repaired.
+    pub damaged_at_start: Option<String>,
+}
+
+/// What there is to say about one Service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServiceNotes {
+    /// namespace/name
+    pub service: String,
+    /// Sentences.
+    pub notes: Vec<String>,
+}
+
+/// One program.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ProgramStatus {
+    /// Its name.
+    pub name: String,
+    /// The kernel's id.
+    pub id: u32,
+    /// Instructions that the verifier walked through; kernels before 5.16 do not tell.
+    pub verified_instructions: Option<u32>,
+}
+
+/// One map.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MapStatus {
+    /// Its name.
+    pub name: String,
+    /// Entries in use, where that can be told.
+    pub entries: Option<u64>,
+    /// Entries it has room for.
+    pub limit: u32,
+    /// Kernel memory; kernels before 6.4 tell an estimate.
+    pub bytes: Option<u64>,
+}
