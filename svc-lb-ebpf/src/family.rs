@@ -35,7 +35,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn in_service_net(address: Self::Addr) -> bool;
     /// Whether the node knows a service CIDR of this family.
     fn has_service_net() -> bool;
-    /// Whether an ICMP error may be sent to this source (RFC 1122 3.2.2).
+    /// Whether the address is one host's on a network, so that an ICMP error may be sent to it (RFC
+    /// 1122 3.2.2).
     fn is_unicast(address: Self::Addr) -> bool;
     /// The map of frontends.
     fn frontends() -> &'static HashMap<FrontendKey<Self::Addr>, Frontend>;
@@ -80,7 +81,7 @@ impl Family for V4 {
     #[inline(always)]
     fn is_unicast(address: Addr4) -> bool {
         let first = u32::from_be(address.0) >> 24;
-        first != 0 && first < 224
+        first != 0 && first != 127 && first < 224
     }
 
     #[inline(always)]
@@ -138,8 +139,9 @@ impl Family for V6 {
 
     #[inline(always)]
     fn is_unicast(address: Addr6) -> bool {
-        let [first, ..] = address.0;
-        u32::from_be(first) >> 24 != 0xff && address != Addr6::UNSPECIFIED
+        let [first, b, c, last] = address.0;
+        let loopback = [first, b, c, u32::from_be(last)] == [0, 0, 0, 1];
+        u32::from_be(first) >> 24 != 0xff && address != Addr6::UNSPECIFIED && !loopback
     }
 
     #[inline(always)]

@@ -205,7 +205,8 @@ pub(crate) trait Packet {
 /// What differs between transport checksums.
 #[derive(Clone, Copy)]
 pub(crate) struct TransportChecksum {
-    /// 0 means "none" and must stay 0 (UDP over IPv4).
+    /// UDP: 0 means "none" and must stay 0 (over IPv6 some tunnels use it, RFC 6935), and a sum of 0 is
+    /// sent as 0xffff.
     pub(crate) zero_is_none: bool,
     /// The pseudo header is IPv6's.
     pub(crate) v6: bool,

@@ -39,7 +39,7 @@ pub(crate) fn translate<P: Packet, F: Family<Addr: Wire>>(
         offset_of!(TcpHdr, check)
     };
     let kind = TransportChecksum {
-        zero_is_none: met.is_udp() && !v6,
+        zero_is_none: met.is_udp(),
         v6,
     };
     packet.update_transport_checksum(l4 + check, kind, addresses, port_difference(key, flow))?;
