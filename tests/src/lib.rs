@@ -1,5 +1,7 @@
 //! The test harness of svc-lb: a small network made of namespaces, with real servers and clients in it.
 //!
-//! See [`lab`] for how a test builds the network it needs.
+//! See [`lab`] for how a test builds the network it needs, and [`prog`] for how it runs single programs on made-up
+//! packets.
 
 pub mod lab;
+pub mod prog;

@@ -180,6 +180,19 @@ impl Netlink {
             .with_context(what)
     }
 
+    /// Adds a neighbour that stays.
+    pub fn neighbour(&self, interface: &str, address: IpAddr, mac: Mac) -> Result<()> {
+        let index = self.index(interface)?;
+        let request = self
+            .handle
+            .neighbours()
+            .add(index, address)
+            .link_layer_address(&mac);
+        self.runtime
+            .block_on(request.execute())
+            .with_context(|| format!("add neighbour {address} to {interface}"))
+    }
+
     /// An interface's index.
     pub fn index(&self, name: &str) -> Result<u32> {
         Ok(self.link(name)?.header.index)

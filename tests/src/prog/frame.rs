@@ -1,0 +1,531 @@
+//! Ethernet frames as values: built from fields, with every length and checksum computed from scratch.
+//!
+//! A test states the frame it expects as a change of the one it sent; that its bytes equal what a program made of the
+//! first proves the program's incremental checksums against full ones.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use svc_lb_common::Family;
+use svc_lb_common::checksum::{fold, sum};
+
+use crate::lab::netlink::Mac;
+
+/// TCP flags.
+pub mod flags {
+    /// No more data.
+    pub const FIN: u8 = 1;
+    /// Opens.
+    pub const SYN: u8 = 1 << 1;
+    /// Aborts.
+    pub const RST: u8 = 1 << 2;
+    /// Carries data to hand over.
+    pub const PSH: u8 = 1 << 3;
+    /// Acknowledges.
+    pub const ACK: u8 = 1 << 4;
+}
+
+/// EtherType of 802.1Q.
+pub const VLAN: u16 = 0x8100;
+/// EtherType of 802.1ad.
+pub const QINQ: u16 = 0x88a8;
+/// Length of an Ethernet header.
+pub const ETHERNET: usize = 14;
+/// Hop limit of frames where nothing else is said.
+pub const HOPS: u8 = 63;
+
+/// IPv6 extension headers and what else follows an IP header, by IANA's numbers.
+pub mod next {
+    /// Hop-by-hop options.
+    pub const HOP_BY_HOP: u8 = 0;
+    /// ICMP.
+    pub const ICMP: u8 = 1;
+    /// TCP.
+    pub const TCP: u8 = 6;
+    /// UDP.
+    pub const UDP: u8 = 17;
+    /// Routing header.
+    pub const ROUTING: u8 = 43;
+    /// Fragment header.
+    pub const FRAGMENT: u8 = 44;
+    /// Authentication header.
+    pub const AUTHENTICATION: u8 = 51;
+    /// ICMPv6.
+    pub const ICMP6: u8 = 58;
+    /// Destination options.
+    pub const DESTINATION: u8 = 60;
+    /// SCTP.
+    pub const SCTP: u8 = 132;
+}
+
+/// What the IP packet carries.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Transport {
+    /// A TCP segment.
+    Tcp {
+        /// Bits of [`flags`].
+        flags: u8,
+    },
+    /// A UDP datagram.
+    Udp {
+        /// Without: the checksum field is 0.
+        checksum: bool,
+    },
+    /// Anything else: its payload begins with the two ports all the same.
+    Other(u8),
+}
+
+impl Transport {
+    /// IANA's number.
+    #[must_use]
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Tcp { .. } => next::TCP,
+            Self::Udp { .. } => next::UDP,
+            Self::Other(number) => number,
+        }
+    }
+}
+
+/// Part of a fragmented datagram.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Part {
+    /// Offset in units of 8 bytes.
+    pub offset: u16,
+    /// More follow.
+    pub more: bool,
+}
+
+/// An Ethernet frame with an IP packet in it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Frame {
+    /// Destination and source MAC address.
+    pub macs: [Mac; 2],
+    /// VLAN tags in the frame, outermost first: EtherType and tag control information.
+    pub tags: Vec<(u16, u16)>,
+    /// Source address and port.
+    pub source: SocketAddr,
+    /// Destination address and port, of the same family.
+    pub destination: SocketAddr,
+    /// TTL or hop limit.
+    pub hops: u8,
+    /// IPv4 options, a multiple of 4 bytes.
+    pub options: Vec<u8>,
+    /// IPv6 extension headers: number and body after the two first bytes (6, 14, ... bytes).
+    pub extensions: Vec<(u8, Vec<u8>)>,
+    /// Set in fragments.
+    pub part: Option<Part>,
+    /// TCP, UDP or another.
+    pub transport: Transport,
+    /// What follows the transport header.
+    pub payload: Vec<u8>,
+    /// Ethernet padding behind the IP packet.
+    pub padding: usize,
+}
+
+const CLIENT_MAC: Mac = [0x02, 0, 0, 0, 0, 0x0c];
+const NODE_MAC: Mac = [0x02, 0, 0, 0, 0, 0x01];
+
+impl Frame {
+    /// A TCP segment.
+    #[must_use]
+    pub fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8) -> Self {
+        Self::new(source, destination, Transport::Tcp { flags })
+    }
+
+    /// A UDP datagram.
+    #[must_use]
+    pub fn udp(source: SocketAddr, destination: SocketAddr) -> Self {
+        Self::new(source, destination, Transport::Udp { checksum: true })
+    }
+
+    /// A frame from a client's MAC address to the node's.
+    #[must_use]
+    pub fn new(source: SocketAddr, destination: SocketAddr, transport: Transport) -> Self {
+        Self {
+            macs: [NODE_MAC, CLIENT_MAC],
+            tags: Vec::new(),
+            source,
+            destination,
+            hops: HOPS,
+            options: Vec::new(),
+            extensions: Vec::new(),
+            part: None,
+            transport,
+            payload: b"hello".to_vec(),
+            padding: 0,
+        }
+    }
+
+    /// The same with another destination.
+    #[must_use]
+    pub fn to(mut self, destination: SocketAddr) -> Self {
+        self.destination = destination;
+        self
+    }
+
+    /// The same with another source.
+    #[must_use]
+    pub fn from(mut self, source: SocketAddr) -> Self {
+        self.source = source;
+        self
+    }
+
+    /// The answer to this frame: turned around, with other TCP flags.
+    #[must_use]
+    pub fn answer(&self, flags: u8) -> Self {
+        let transport = match self.transport {
+            Transport::Tcp { .. } => Transport::Tcp { flags },
+            other @ (Transport::Udp { .. } | Transport::Other(_)) => other,
+        };
+        let [destination, source] = self.macs;
+        Self {
+            macs: [source, destination],
+            source: self.destination,
+            destination: self.source,
+            transport,
+            hops: HOPS,
+            payload: b"world!".to_vec(),
+            ..self.clone()
+        }
+    }
+
+    /// The same segment with other flags.
+    #[must_use]
+    pub fn with_flags(&self, flags: u8) -> Self {
+        Self {
+            transport: Transport::Tcp { flags },
+            ..self.clone()
+        }
+    }
+
+    /// The same, turned around at an edge: MAC addresses swapped, one hop fewer.
+    #[must_use]
+    pub fn turned(mut self) -> Self {
+        let [destination, source] = self.macs;
+        self.macs = [source, destination];
+        self.hops -= 1;
+        self
+    }
+
+    /// Its family.
+    #[must_use]
+    pub const fn family(&self) -> Family {
+        Family::of(self.destination.ip())
+    }
+
+    /// Offset of the IP header.
+    #[must_use]
+    pub fn l3(&self) -> usize {
+        ETHERNET + 4 * self.tags.len()
+    }
+
+    /// Offset of the transport header.
+    #[must_use]
+    pub fn l4(&self) -> usize {
+        let header = match self.family() {
+            Family::V4 => 20 + self.options.len(),
+            Family::V6 => {
+                let fragment = if self.part.is_some() { 8 } else { 0 };
+                let extensions = self.extensions.iter().map(|(_, body)| body.len() + 2);
+                40 + extensions.sum::<usize>() + fragment
+            }
+        };
+        self.l3() + header
+    }
+
+    /// The frame's bytes.
+    ///
+    /// # Panics
+    /// If source and destination are of different families.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let [destination, source] = self.macs;
+        let mut bytes = [destination, source].concat();
+        for (kind, tag) in &self.tags {
+            bytes.extend(kind.to_be_bytes());
+            bytes.extend(tag.to_be_bytes());
+        }
+        let body = self.body();
+        match (self.source.ip(), self.destination.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                bytes.extend(0x0800_u16.to_be_bytes());
+                bytes.extend(self.header4(source, destination, body.len()));
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                bytes.extend(0x86dd_u16.to_be_bytes());
+                bytes.extend(self.header6(source, destination, body.len()));
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {
+                panic!("one family per frame")
+            }
+        }
+        bytes.extend(body);
+        bytes.resize(bytes.len() + self.padding, 0);
+        bytes
+    }
+
+    fn header4(&self, source: Ipv4Addr, destination: Ipv4Addr, body: usize) -> Vec<u8> {
+        let length = 20 + self.options.len();
+        let part = self
+            .part
+            .map_or(0x4000, |part| part.offset | u16::from(part.more) << 13);
+        let mut header = vec![
+            0x40 | u8::try_from(length / 4).expect("at most 60 bytes"),
+            0,
+        ];
+        header.extend(be16(length + body));
+        header.extend([0x12, 0x34]);
+        header.extend(part.to_be_bytes());
+        header.extend([self.hops, self.transport.number(), 0, 0]);
+        header.extend(source.octets());
+        header.extend(destination.octets());
+        header.extend(&self.options);
+        let check = (!fold(sum(0, &header))).to_ne_bytes();
+        header.splice(10..12, check);
+        header
+    }
+
+    fn header6(&self, source: Ipv6Addr, destination: Ipv6Addr, body: usize) -> Vec<u8> {
+        let mut chain: Vec<(u8, Vec<u8>)> = self
+            .extensions
+            .iter()
+            .map(|(number, body)| {
+                let unit = if *number == next::AUTHENTICATION {
+                    4
+                } else {
+                    8
+                };
+                let less = if *number == next::AUTHENTICATION {
+                    2
+                } else {
+                    1
+                };
+                let length = (body.len() + 2) / unit - less;
+                let mut bytes = vec![u8::try_from(length).expect("a short header")];
+                bytes.extend(body);
+                (*number, bytes)
+            })
+            .collect();
+        if let Some(part) = self.part {
+            let mut bytes = vec![0];
+            bytes.extend((part.offset << 3 | u16::from(part.more)).to_be_bytes());
+            bytes.extend([0xde, 0xad, 0xbe, 0xef]);
+            chain.push((next::FRAGMENT, bytes));
+        }
+        let length: usize = chain.iter().map(|(_, bytes)| bytes.len() + 1).sum();
+        let mut numbers: Vec<u8> = chain.iter().map(|(number, _)| *number).collect();
+        numbers.push(self.transport.number());
+
+        let mut header = vec![0x60, 0x01, 0x23, 0x45];
+        header.extend(be16(length + body));
+        header.extend([numbers[0], self.hops]);
+        header.extend(source.octets());
+        header.extend(destination.octets());
+        for ((_, bytes), next) in chain.iter().zip(&numbers[1..]) {
+            header.push(*next);
+            header.extend(bytes);
+        }
+        header
+    }
+
+    /// Transport header and payload.
+    fn body(&self) -> Vec<u8> {
+        if self.part.is_some_and(|part| part.offset != 0) {
+            return self.payload.clone();
+        }
+        let mut body = Vec::new();
+        body.extend(self.source.port().to_be_bytes());
+        body.extend(self.destination.port().to_be_bytes());
+        let check = match self.transport {
+            Transport::Tcp { flags } => {
+                body.extend([0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
+                body.extend([0x50, flags, 0xfa, 0xf0, 0, 0, 0, 0]);
+                Some(16)
+            }
+            Transport::Udp { checksum } => {
+                body.extend(be16(8 + self.payload.len()));
+                body.extend([0, 0]);
+                checksum.then_some(6)
+            }
+            Transport::Other(_) => None,
+        };
+        body.extend(&self.payload);
+        if let Some(at) = check {
+            let sums = sum(self.pseudo_sum(body.len()), &body);
+            let check = match (!fold(sums), self.transport) {
+                (0, Transport::Udp { .. }) => 0xffff,
+                (check, _) => check,
+            };
+            body.splice(at..at + 2, check.to_ne_bytes());
+        }
+        body
+    }
+
+    fn pseudo_sum(&self, length: usize) -> u32 {
+        let total = pseudo_sum(self.source.ip(), self.destination.ip());
+        let [high, low] = be16(length);
+        sum(total, &[high, low, 0, self.transport.number()])
+    }
+
+    /// Reads a whole, well-formed frame back.
+    ///
+    /// `None` for anything else: a fragment, another protocol, or one with wrong lengths or checksums.
+    #[must_use]
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut tags = Vec::new();
+        let mut l3 = ETHERNET;
+        loop {
+            match word(bytes, l3 - 2)? {
+                kind @ (VLAN | QINQ) => {
+                    tags.push((kind, word(bytes, l3)?));
+                    l3 += 4;
+                }
+                0x0800 | 0x86dd => break,
+                _ => return None,
+            }
+        }
+        let mut options = Vec::new();
+        let mut extensions = Vec::new();
+        let (addresses, hops, mut number, mut l4, end);
+        if word(bytes, l3 - 2)? == 0x0800 {
+            let header: [u8; 20] = bytes.get(l3..l3 + 20)?.try_into().ok()?;
+            let address = |at: usize| {
+                Ipv4Addr::new(header[at], header[at + 1], header[at + 2], header[at + 3])
+            };
+            addresses = [IpAddr::from(address(12)), IpAddr::from(address(16))];
+            (hops, number) = (header[8], header[9]);
+            l4 = l3 + usize::from(header[0] & 15) * 4;
+            options.extend(bytes.get(l3 + 20..l4)?);
+            end = l3 + usize::from(word(bytes, l3 + 2)?);
+            if word(bytes, l3 + 6)? != 0x4000 {
+                return None;
+            }
+        } else {
+            let address = |at: usize| -> Option<IpAddr> {
+                let octets: [u8; 16] = bytes.get(at..at + 16)?.try_into().ok()?;
+                Some(Ipv6Addr::from(octets).into())
+            };
+            addresses = [address(l3 + 8)?, address(l3 + 24)?];
+            (number, hops) = (*bytes.get(l3 + 6)?, *bytes.get(l3 + 7)?);
+            l4 = l3 + 40;
+            end = l4 + usize::from(word(bytes, l3 + 4)?);
+            while ![next::TCP, next::UDP].contains(&number) {
+                let units = usize::from(*bytes.get(l4 + 1)?);
+                let length = match number {
+                    next::HOP_BY_HOP | next::ROUTING | next::DESTINATION => (units + 1) * 8,
+                    next::AUTHENTICATION => (units + 2) * 4,
+                    _ => return None,
+                };
+                extensions.push((number, bytes.get(l4 + 2..l4 + length)?.to_vec()));
+                number = *bytes.get(l4)?;
+                l4 += length;
+            }
+        }
+        let (transport, header) = match number {
+            next::TCP => {
+                let flags = *bytes.get(l4 + 13)?;
+                (Transport::Tcp { flags }, 20)
+            }
+            next::UDP => {
+                let checksum = word(bytes, l4 + 6)? != 0;
+                (Transport::Udp { checksum }, 8)
+            }
+            _ => return None,
+        };
+        let [source, destination] = addresses;
+        let frame = Self {
+            macs: [
+                bytes.get(..6)?.try_into().ok()?,
+                bytes.get(6..12)?.try_into().ok()?,
+            ],
+            tags,
+            source: SocketAddr::new(source, word(bytes, l4)?),
+            destination: SocketAddr::new(destination, word(bytes, l4 + 2)?),
+            hops,
+            options,
+            extensions,
+            part: None,
+            transport,
+            payload: bytes.get(l4 + header..end)?.to_vec(),
+            padding: bytes.len() - end,
+        };
+        (frame.to_bytes() == bytes).then_some(frame)
+    }
+
+    /// The ICMP error that says "port unreachable" about this frame, as this frame's destination sends it.
+    #[must_use]
+    pub fn port_unreachable(&self) -> Vec<u8> {
+        let bytes = self.to_bytes();
+        let (l3, l4) = (self.l3(), self.l4());
+        let quoted = ((l4 - l3 + 8) / 4).min(32) * 4;
+        let (number, kind, code) = match self.family() {
+            Family::V4 => (next::ICMP, 3, 3),
+            Family::V6 => (next::ICMP6, 1, 4),
+        };
+        let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
+        message.extend(&bytes[l3..l3 + quoted]);
+        let total = match self.family() {
+            Family::V4 => 0,
+            Family::V6 => {
+                let [high, low] = be16(message.len());
+                let addresses = pseudo_sum(self.source.ip(), self.destination.ip());
+                sum(addresses, &[high, low, 0, number])
+            }
+        };
+        let check = (!fold(sum(total, &message))).to_ne_bytes();
+        message.splice(2..4, check);
+
+        let [destination, source] = self.macs;
+        let mut out = [source, destination].concat();
+        out.extend(&bytes[12..l3]);
+        match (self.source.ip(), self.destination.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let mut header = vec![0x45, 0xc0];
+                header.extend(be16(20 + message.len()));
+                header.extend([0, 0, 0x40, 0, 64, number, 0, 0]);
+                header.extend(destination.octets());
+                header.extend(source.octets());
+                let check = (!fold(sum(0, &header))).to_ne_bytes();
+                header.splice(10..12, check);
+                out.extend(header);
+            }
+            (source, destination) => {
+                out.extend([0x60, 0, 0, 0]);
+                out.extend(be16(message.len()));
+                out.extend([number, 64]);
+                out.extend(octets(destination));
+                out.extend(octets(source));
+            }
+        }
+        out.extend(message);
+        out
+    }
+}
+
+/// The sum of the addresses' words, as pseudo headers and nothing else have it.
+#[must_use]
+pub fn pseudo_sum(source: IpAddr, destination: IpAddr) -> u32 {
+    sum(sum(0, &octets(source)), &octets(destination))
+}
+
+/// An address's bytes.
+#[must_use]
+pub fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// The big-endian word at an offset.
+#[must_use]
+pub fn word(bytes: &[u8], at: usize) -> Option<u16> {
+    let pair: [u8; 2] = bytes.get(at..at + 2)?.try_into().ok()?;
+    Some(u16::from_be_bytes(pair))
+}
+
+fn be16(length: usize) -> [u8; 2] {
+    u16::try_from(length)
+        .expect("frames are short")
+        .to_be_bytes()
+}

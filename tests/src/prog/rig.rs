@@ -1,0 +1,457 @@
+//! The programs and their maps, on the bench.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuValues};
+use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
+use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
+use svc_lb::compile::desired::DesiredPort;
+use svc_lb::dataplane::kernel::{Kernel, MapSet};
+use svc_lb::dataplane::{Dataplane as _, FlowEntry};
+use svc_lb::model::ObjectName;
+use svc_lb::plan::{self, Planner};
+use svc_lb_common::affinity::{Affinity, AffinityKey};
+use svc_lb_common::config::Config;
+use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::edge::{self, Edge};
+use svc_lb_common::limits::name;
+use svc_lb_common::outcome::{Event, Hook, Outcome, counter};
+use svc_lb_common::{Addr4, Addr6};
+
+use super::network::Network;
+
+/// Jiffies per second as the programs are told: seconds are then long, so that nothing times out that a test does
+/// not age itself.
+const HZ: u32 = 100_000;
+/// Generated packets a CPU may send before it must wait for longer than a test lasts.
+pub const BURST: u32 = 100;
+/// Longer than any frame that comes back.
+const OUTPUT: usize = 4_096;
+
+/// What a program decided about a frame.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Verdict {
+    /// Onwards: XDP_PASS, or TC_ACT_UNSPEC, which leaves it to the next program.
+    On,
+    /// Out again through the same interface.
+    Back,
+    /// Dropped.
+    Dropped,
+}
+
+/// How the programs are loaded.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The object.
+    pub object: PathBuf,
+    /// The frozen settings.
+    pub config: Config,
+    /// Sizes of maps, where others than [`SIZES`] are wanted.
+    pub sizes: Vec<(&'static str, u32)>,
+}
+
+/// Small enough to load quickly and read back whole, large enough that nothing is evicted.
+const SIZES: [(&str, u32); 12] = [
+    (name::GUARD, 256),
+    (name::SERVICES, 64),
+    (name::SLOTS, 1_024),
+    (name::EDGES, 16),
+    (name::FRONTENDS[0], 256),
+    (name::FRONTENDS[1], 256),
+    (name::BACKENDS[0], 512),
+    (name::BACKENDS[1], 512),
+    (name::OPENING[0], 32_768),
+    (name::OPENING[1], 32_768),
+    (name::ESTABLISHED[0], 32_768),
+    (name::ESTABLISHED[1], 32_768),
+];
+
+/// The object that `cargo xtask build` leaves.
+#[must_use]
+pub fn object() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/svc-lb")
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            object: object(),
+            config: Config {
+                seed: 0x5eed,
+                service_net4: Addr4::from(std::net::Ipv4Addr::new(10, 96, 0, 0)),
+                service_mask4: Addr4::from(std::net::Ipv4Addr::new(255, 255, 0, 0)),
+                service_net6: Addr6::from(std::net::Ipv6Addr::new(
+                    0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0,
+                )),
+                service_mask6: Addr6::from(std::net::Ipv6Addr::new(
+                    0xffff, 0xffff, 0xffff, 0, 0, 0, 0, 0,
+                )),
+                hz: HZ,
+                generate_rate: 0,
+                generate_burst: BURST,
+                // Outside clients select by policy: SEMANTICS' rules, not those of a version that
+                // cannot reach other nodes yet.
+                bits: svc_lb_common::config::REJECT_UNDEFINED_PORT
+                    | svc_lb_common::config::DROP_UNALLOCATED,
+                ..Config::DEFAULT
+            },
+            sizes: Vec::new(),
+        }
+    }
+}
+
+/// Loaded programs, their maps, and the planner that fills them.
+pub struct Rig {
+    ebpf: Ebpf,
+    /// The maps that the agent writes.
+    pub kernel: Kernel,
+    /// What fills them.
+    pub planner: Planner,
+    /// The settings as loaded.
+    pub config: Config,
+}
+
+impl fmt::Debug for Rig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rig").finish_non_exhaustive()
+    }
+}
+
+impl Rig {
+    /// The programs with the default setup, and the network's edges.
+    #[must_use]
+    pub fn new(network: &Network) -> Self {
+        Self::with(network, &Setup::default())
+    }
+
+    /// The programs as `setup` says, and the network's edges.
+    #[must_use]
+    pub fn with(network: &Network, setup: &Setup) -> Self {
+        let bytes = std::fs::read(&setup.object).unwrap_or_else(|error| {
+            panic!("{}: {error}; run cargo xtask build", setup.object.display())
+        });
+        let sizes: BTreeMap<&str, u32> = SIZES
+            .into_iter()
+            .chain(setup.sizes.iter().copied())
+            .collect();
+        let config = Config {
+            guard_words: sizes[name::GUARD],
+            ..setup.config
+        };
+        let mut loader = EbpfLoader::new();
+        loader
+            .verifier_log_level(VerifierLogLevel::STATS)
+            .override_global("CONFIG", &config, true);
+        for (name, entries) in &sizes {
+            loader.map_max_entries(name, *entries);
+        }
+        let mut ebpf = loader.load(&bytes).expect("maps are created");
+        for hook in Hook::ALL {
+            load(&mut ebpf, *hook).unwrap_or_else(|error| panic!("{}: {error}", hook.name()));
+        }
+        let kernel = Kernel::new(map_set(&ebpf)).expect("the maps are the agent's");
+        let planner = Planner::new(kernel.sizes());
+        let mut rig = Self {
+            ebpf,
+            kernel,
+            planner,
+            config,
+        };
+        for (index, edge) in edges(network) {
+            rig.kernel.put_edge(index, &edge).expect("an edge is put");
+        }
+        rig
+    }
+
+    /// Programs what one Service wants.
+    pub fn set(&mut self, service: &str, ports: Vec<DesiredPort>) {
+        self.planner
+            .set_service(&ObjectName::new("test", service), ports);
+        self.apply();
+    }
+
+    /// Writes what is pending.
+    pub fn apply(&mut self) {
+        plan::apply(&mut self.planner, &mut self.kernel).expect("the maps are written");
+        let refusals = self.planner.refusals();
+        assert!(refusals.is_empty(), "refused: {refusals:?}");
+    }
+
+    /// Runs a hook's program on a frame at an interface; the frame as it came out.
+    #[must_use]
+    pub fn run(&self, hook: Hook, interface: u32, frame: &[u8]) -> (Verdict, Vec<u8>) {
+        let mut out = vec![0; OUTPUT];
+        let program = self
+            .ebpf
+            .program(hook.name())
+            .expect("the program is there");
+        let result = match hook {
+            Hook::XdpIngress => {
+                let context = xdp_context(interface, frame.len());
+                let program: &Xdp = program.try_into().expect("an XDP program");
+                program.test_run(options(frame, &mut out, &context))
+            }
+            Hook::TcIngress | Hook::TcEgress => {
+                let context = skb_context(interface);
+                let program: &SchedClassifier = program.try_into().expect("a classifier");
+                program.test_run(options(frame, &mut out, &context))
+            }
+        };
+        let result = result.unwrap_or_else(|error| {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            panic!(
+                "run {} on {} bytes: {error}: {cause:?}",
+                hook.name(),
+                frame.len()
+            )
+        });
+        out.truncate(usize::try_from(result.data_size_out).expect("a length"));
+        (verdict(hook, result.return_value), out)
+    }
+
+    /// All counters that are not 0.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let values = self.kernel.counters().expect("counters are read");
+        let value = |index: u32| values[index as usize];
+        let mut counters = Counters::default();
+        for hook in Hook::ALL {
+            for outcome in Outcome::ALL {
+                counters.add(
+                    Count::Outcome(*hook, *outcome),
+                    value(counter(*hook, *outcome)),
+                );
+            }
+        }
+        for event in Event::ALL {
+            counters.add(Count::Event(*event), value(event.index()));
+        }
+        counters
+    }
+
+    /// All flow entries.
+    #[must_use]
+    pub fn flows(&self) -> Vec<FlowEntry> {
+        let mut flows = Vec::new();
+        self.kernel
+            .visit_flows(&mut |entry| flows.push(*entry))
+            .expect("flows are read");
+        flows
+    }
+
+    /// Removes all flow entries.
+    pub fn clear_flows(&mut self) {
+        for [v4, v6] in [name::OPENING, name::ESTABLISHED] {
+            self.clear::<FlowKey<Addr4>, Flow<Addr4>>(v4);
+            self.clear::<FlowKey<Addr6>, Flow<Addr6>>(v6);
+        }
+    }
+
+    fn clear<K: aya::Pod, V: aya::Pod>(&mut self, map: &str) {
+        let map = self.ebpf.map_mut(map).expect("the map is there");
+        let mut map: aya::maps::HashMap<_, K, V> = map.try_into().expect("a hash");
+        let keys: Vec<K> = map.keys().map(|key| key.expect("a key")).collect();
+        for key in keys {
+            map.remove(&key).expect("an entry is removed");
+        }
+    }
+
+    /// Sets the tokens in the CPUs' buckets of generated packets.
+    pub fn set_tokens(&mut self, tokens: u32) {
+        let map = self.ebpf.map_mut(name::BUCKET).expect("the map is there");
+        let mut buckets: PerCpuArray<_, [u64; 2]> = map.try_into().expect("a per-CPU array");
+        let mut values = buckets.get(&0, 0).expect("buckets are read").to_vec();
+        // Refilled never, or now; a bucket that was never used would be taken for one long idle.
+        let now = values.iter().map(|[filled, _]| *filled).max().unwrap_or(0);
+        for value in &mut values {
+            *value = [now, u64::from(tokens) * u64::from(self.config.hz)];
+        }
+        let values = PerCpuValues::try_from(values).expect("as many as CPUs");
+        buckets.set(0, values, 0).expect("buckets are written");
+    }
+
+    /// Pins of ClientIP affinity: client and service, backend id and time.
+    #[must_use]
+    pub fn pins4(&mut self) -> Vec<(AffinityKey<Addr4>, Affinity)> {
+        let map = self
+            .ebpf
+            .map_mut(name::AFFINITY[0])
+            .expect("the map is there");
+        let map: aya::maps::HashMap<_, AffinityKey<Addr4>, Affinity> =
+            map.try_into().expect("a hash");
+        map.iter().map(|pin| pin.expect("a pin")).collect()
+    }
+
+    /// Changes all pins of a family's clients by `change`.
+    pub fn change_pins(&mut self, change: impl Fn(&mut Affinity)) {
+        for (index, name) in name::AFFINITY.into_iter().enumerate() {
+            let map = self.ebpf.map_mut(name).expect("the map is there");
+            if index == 0 {
+                change_all::<AffinityKey<Addr4>>(map, &change);
+            } else {
+                change_all::<AffinityKey<Addr6>>(map, &change);
+            }
+        }
+    }
+
+    /// Positions of `guard_direct` that are set.
+    #[must_use]
+    pub fn direct(&self) -> Vec<u32> {
+        let map = self.ebpf.map(name::GUARD_DIRECT).expect("the map is there");
+        let array: Array<_, u64> = map.try_into().expect("an array");
+        (0..array.len())
+            .filter(|index| array.get(index, 0).expect("it is read") != 0)
+            .collect()
+    }
+}
+
+fn change_all<K: aya::Pod>(map: &mut Map, change: &impl Fn(&mut Affinity)) {
+    let mut map: aya::maps::HashMap<_, K, Affinity> = map.try_into().expect("a hash");
+    let pins: Vec<_> = map.iter().map(|pin| pin.expect("a pin")).collect();
+    for (key, mut pin) in pins {
+        change(&mut pin);
+        map.insert(key, pin, 0).expect("a pin is written");
+    }
+}
+
+/// Loads one program and returns how many instructions the verifier walked through.
+///
+/// # Errors
+/// The verifier's refusal.
+pub fn load(ebpf: &mut Ebpf, hook: Hook) -> Result<u32, ProgramError> {
+    let program = ebpf
+        .program_mut(hook.name())
+        .expect("the object has the program");
+    match hook {
+        Hook::XdpIngress => <&mut Xdp>::try_from(&mut *program)?.load()?,
+        Hook::TcIngress | Hook::TcEgress => {
+            <&mut SchedClassifier>::try_from(&mut *program)?.load()?;
+        }
+    }
+    Ok(program.info()?.verified_instruction_count().unwrap_or(0))
+}
+
+/// The network's edges as the agent would enter them.
+#[must_use]
+pub fn edges(network: &Network) -> [(u32, Edge); 5] {
+    let edge = |bits, bridge| Edge {
+        bits,
+        bridge,
+        mac: [0; 6],
+        reserved: [0; 2],
+    };
+    [
+        (network.uplink, edge(edge::UPLINK, 0)),
+        (network.xdp_uplink, edge(edge::UPLINK | edge::XDP, 0)),
+        (network.pod, edge(edge::POD, 0)),
+        (network.other_pod, edge(edge::POD, 0)),
+        (network.bridged_pod, edge(edge::POD, network.bridge)),
+    ]
+}
+
+fn map_set(ebpf: &Ebpf) -> MapSet {
+    let fds = name::PINNED.into_iter().map(|name| {
+        let map = ebpf.map(name).expect("the object has the map");
+        (name, descriptor(map))
+    });
+    MapSet { fds: fds.collect() }
+}
+
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "the kinds we do not use are many"
+)]
+fn descriptor(map: &Map) -> OwnedFd {
+    let data: &MapData = match map {
+        Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) => {
+            data
+        }
+        other => panic!("not one of our kinds: {other:?}"),
+    };
+    data.fd()
+        .as_fd()
+        .try_clone_to_owned()
+        .expect("a descriptor is cloned")
+}
+
+fn options<'a>(frame: &'a [u8], out: &'a mut [u8], context: &'a [u8]) -> TestRunOptions<'a> {
+    TestRunOptions {
+        data_in: Some(frame),
+        data_out: Some(out),
+        ctx_in: Some(context),
+        ..TestRunOptions::default()
+    }
+}
+
+/// `struct xdp_md` of a frame that came in at an interface.
+fn xdp_context(interface: u32, length: usize) -> Vec<u8> {
+    // data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
+    let length = u32::try_from(length).expect("a frame's length");
+    [0, length, 0, interface, 0, 0]
+        .into_iter()
+        .flat_map(u32::to_ne_bytes)
+        .collect()
+}
+
+/// `struct __sk_buff` of an skb at an interface; the fields in front of it must be 0.
+fn skb_context(interface: u32) -> Vec<u8> {
+    const BEFORE_IFINDEX: usize = 10;
+    let mut context = vec![0; BEFORE_IFINDEX * 4];
+    context.extend(interface.to_ne_bytes());
+    context
+}
+
+fn verdict(hook: Hook, code: u32) -> Verdict {
+    match (hook, code.cast_signed()) {
+        (Hook::XdpIngress, 2) | (Hook::TcIngress | Hook::TcEgress, -1) => Verdict::On,
+        (Hook::XdpIngress, 3) | (Hook::TcIngress | Hook::TcEgress, 7) => Verdict::Back,
+        (Hook::XdpIngress, 1) | (Hook::TcIngress | Hook::TcEgress, 2) => Verdict::Dropped,
+        (hook, code) => panic!("{} returned {code}", hook.name()),
+    }
+}
+
+/// What is counted.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Count {
+    /// A packet's outcome at a hook.
+    Outcome(Hook, Outcome),
+    /// An event.
+    Event(Event),
+}
+
+/// Counters that are not 0.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Counters(BTreeMap<Count, u64>);
+
+impl Counters {
+    /// Adds to one.
+    pub fn add(&mut self, count: Count, number: u64) {
+        if number != 0 {
+            *self.0.entry(count).or_default() += number;
+        }
+    }
+
+    /// One counter.
+    #[must_use]
+    pub fn get(&self, count: Count) -> u64 {
+        self.0.get(&count).copied().unwrap_or(0)
+    }
+
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (Count, u64)> {
+        self.0.iter().map(|(count, number)| (*count, *number))
+    }
+
+    /// What was counted since `before`.
+    #[must_use]
+    pub fn since(&self, before: &Self) -> Self {
+        let mut difference = Self::default();
+        for (count, number) in self.iter() {
+            difference.add(count, number - before.get(count));
+        }
+        difference
+    }
+}

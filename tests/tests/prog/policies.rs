@@ -1,0 +1,232 @@
+//! Which backends a client gets: SEMANTICS 1.2, one row per assertion, and session affinity.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use svc_lb::compile::desired::{DesiredPort, FrontendKind};
+use svc_lb_common::Protocol;
+use svc_lb_common::config::{Config, OUTSIDE_LOCAL, REJECT_NO_LOCAL};
+use svc_lb_common::outcome::{Event, Outcome};
+use svc_lb_tests::prog::rig::Setup;
+use svc_lb_tests::prog::tables::Describe as _;
+use svc_lb_tests::prog::{Frame, Verdict};
+
+use crate::bench::*;
+use crate::walks::at_port;
+
+/// A service behind every kind of frontend, with a backend here and one elsewhere.
+fn everywhere(w: &World) -> DesiredPort {
+    w.port(Protocol::Tcp)
+        .node_port(w.node.port())
+        .frontend(FrontendKind::LoadBalancer, w.balancer)
+        .frontend(FrontendKind::ExternalIp, w.external)
+        .local_backends(&[w.local])
+        .backends(&[w.remote])
+}
+
+/// The backends that connections from 64 ports get, or what else comes of them.
+fn reached(
+    bench: &mut Bench,
+    interface: u32,
+    client: SocketAddr,
+    frontend: SocketAddr,
+) -> Result<BTreeSet<SocketAddr>, Verdict> {
+    (0..64)
+        .map(|n| {
+            let syn = Frame::tcp(at_port(client, 20_000 + n), frontend, SYN);
+            let ran = bench.run(TcIngress, interface, &syn);
+            match ran.verdict {
+                Verdict::On => Ok(ran.parsed().destination),
+                verdict @ (Verdict::Back | Verdict::Dropped) => Err(verdict),
+            }
+        })
+        .collect()
+}
+
+/// internalTrafficPolicy governs ClusterIPs, externalTrafficPolicy the others; a pod is never outside and gets the Cluster
+/// set whichever external address it uses (SEMANTICS 1.2, C4, C7).
+#[test]
+fn policies_choose_the_set() {
+    for_families(|bench, w| {
+        let (pod, uplink) = (bench.network.pod, bench.network.uplink);
+        let both = BTreeSet::from([w.local, w.remote]);
+        let local = BTreeSet::from([w.local]);
+        for internal_local in [false, true] {
+            for external_local in [false, true] {
+                bench.program(DesiredPort {
+                    internal_local,
+                    external_local,
+                    ..everywhere(w)
+                });
+                let internal = if internal_local { &local } else { &both };
+                let external = if external_local { &local } else { &both };
+                let check =
+                    |bench: &mut Bench, interface, client, frontend, expected: &BTreeSet<_>| {
+                        let reached = reached(bench, interface, client, frontend);
+                        assert_eq!(reached.as_ref(), Ok(expected), "{frontend} from {client}");
+                    };
+                check(bench, pod, w.client, w.vip, internal);
+                check(bench, uplink, w.outside, w.vip, internal);
+                for frontend in [w.node, w.balancer, w.external] {
+                    check(bench, pod, w.client, frontend, &both);
+                    check(bench, uplink, w.outside, frontend, external);
+                }
+                forget_flows(bench);
+            }
+        }
+    });
+}
+
+/// Ends every flow by a RST from its client.
+fn forget_flows(bench: &mut Bench) {
+    let flows = bench.rig.flows();
+    for flow in flows.iter().filter(|flow| flow.direction == 0) {
+        let rst = Frame::tcp(flow.source, flow.destination, RST);
+        let _ran = bench.rig.run(TcIngress, bench.network.pod, &rst.to_bytes());
+    }
+}
+
+/// Until outside clients can be sent to other nodes, they select among this node's backends whatever the policy.
+#[test]
+fn outside_clients_stay_on_the_node_where_told() {
+    let setup = with_bits(OUTSIDE_LOCAL);
+    with_setup(&setup, |bench| {
+        let w = world(svc_lb_common::Family::V4);
+        bench.program(everywhere(&w));
+        let (pod, uplink) = (bench.network.pod, bench.network.uplink);
+        let both = BTreeSet::from([w.local, w.remote]);
+        let local = BTreeSet::from([w.local]);
+        for frontend in [w.vip, w.node, w.balancer, w.external] {
+            assert_eq!(
+                reached(bench, uplink, w.outside, frontend),
+                Ok(local.clone())
+            );
+            assert_eq!(reached(bench, pod, w.client, frontend), Ok(both.clone()));
+        }
+    });
+}
+
+fn with_bits(bits: u32) -> Setup {
+    let setup = Setup::default();
+    Setup {
+        config: Config {
+            bits: setup.config.bits | bits,
+            ..setup.config
+        },
+        ..setup
+    }
+}
+
+/// A Local policy without a local endpoint, while others exist: silence, or a reject where told (SEMANTICS C3, C6).
+#[test]
+fn no_local_endpoint() {
+    let w = world(svc_lb_common::Family::V4);
+    let local_only = || DesiredPort {
+        internal_local: true,
+        external_local: true,
+        ..everywhere(&w)
+    };
+    let without_local = || DesiredPort {
+        backends: vec![svc_lb_tests::prog::tables::ready(w.remote, false)],
+        ..local_only()
+    };
+    for (bits, rejected) in [(0, false), (REJECT_NO_LOCAL, true)] {
+        with_setup(&with_bits(bits), |bench| {
+            bench.program(without_local());
+            for frontend in [w.vip, w.node, w.balancer, w.external] {
+                let syn = Frame::tcp(w.outside, frontend, SYN);
+                let ran = bench.outside_sends(&syn);
+                if rejected {
+                    ran.returned(Outcome::Rejected, &syn.port_unreachable());
+                } else {
+                    ran.dropped(Outcome::NoLocalEndpoint);
+                }
+            }
+            // A pod's short cut to the Cluster set; its ClusterIP has none.
+            let syn = Frame::tcp(w.client, w.node, SYN);
+            bench
+                .pod_sends(&syn)
+                .became(Outcome::Open, &syn.clone().to(w.remote));
+        });
+    }
+}
+
+/// NodePorts are on the node's addresses that serve them and on no others, for the port's protocol alone.
+#[test]
+fn node_ports_are_the_nodes() {
+    for_families(|bench, w| {
+        bench.program(everywhere(w));
+        let other_address = SocketAddr::new(w.balancer.ip(), w.node.port());
+        for (frame, ours) in [
+            (Frame::tcp(w.outside, w.node, SYN), true),
+            (Frame::udp(w.outside, w.node), false),
+            (Frame::tcp(w.outside, at_port(w.node, 30_081), SYN), false),
+        ] {
+            let ran = bench.outside_sends(&frame);
+            if ours {
+                ran.translated(Outcome::Open, &[]);
+            } else {
+                ran.ignored();
+            }
+        }
+        // An address of a frontend is none of the node's.
+        bench
+            .outside_sends(&Frame::tcp(w.outside, other_address, SYN))
+            .passed(Outcome::NoFrontend);
+    });
+}
+
+/// ClientIP affinity: one backend for a client from any port and through any frontend of the port, pinned when the flow
+/// is confirmed; a pin older than the timeout, or whose backend is gone, is none (SEMANTICS F1, F2, F3, F5).
+#[test]
+fn affinity_holds_a_client() {
+    for_families(|bench, w| {
+        let backends: Vec<_> = (1..=9).map(|n| at_port(w.remote, 8_000 + n)).collect();
+        let affine = |backends: &[SocketAddr]| DesiredPort {
+            affinity_seconds: Some(10),
+            ..w.port(Protocol::Tcp)
+                .frontend(FrontendKind::ExternalIp, w.external)
+                .backends(backends)
+        };
+        bench.program(affine(&backends));
+        let connect = |bench: &mut Bench, port: u16, frontend| {
+            let syn = Frame::tcp(at_port(w.client, port), frontend, SYN);
+            let out = bench.open(&syn);
+            bench
+                .pod_sends(&syn.with_flags(ACK))
+                .translated(Outcome::ForwardOpening, &[Event::Promoted]);
+            out.destination
+        };
+        let first = connect(bench, 1_001, w.vip);
+        for port in 1_002..1_032 {
+            assert_eq!(connect(bench, port, w.vip), first, "from port {port}");
+        }
+        assert_eq!(connect(bench, 1_040, w.external), first, "other frontend");
+
+        // The pin holds whatever else the table comes to hold.
+        for count in 1..=8 {
+            let others = backends.iter().copied().filter(|backend| *backend != first);
+            let fewer: Vec<_> = std::iter::once(first).chain(others.take(count)).collect();
+            bench.program(affine(&fewer));
+            let port = 1_100 + u16::try_from(count).unwrap();
+            assert_eq!(connect(bench, port, w.vip), first, "{count} others");
+        }
+
+        // Gone: picked anew and pinned anew.
+        let without: Vec<_> = backends
+            .iter()
+            .copied()
+            .filter(|backend| *backend != first)
+            .collect();
+        bench.program(affine(&without));
+        let second = connect(bench, 1_200, w.vip);
+        assert_ne!(second, first);
+        bench.program(affine(&backends));
+        assert_eq!(connect(bench, 1_201, w.vip), second, "the new pin");
+
+        // Too old: the table alone decides again, as it did for the first connection.
+        let idle = 10 * u64::from(bench.rig.config.hz);
+        bench.rig.change_pins(|pin| pin.seen -= idle + 1);
+        assert_eq!(connect(bench, 1_300, w.vip), first, "the pin is too old");
+    });
+}
