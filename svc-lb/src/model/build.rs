@@ -1,12 +1,12 @@
 //! Short ways to write objects in tests.
 
-use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16, sync::Arc};
+use std::{net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use svc_lb_common::{Family, Protocol};
 
 use super::{
-    Conditions, ContainerPort, Endpoint, EndpointPort, EndpointSlice, Object, ObjectName, Pod,
-    Service, ServicePort, ServiceType, TargetPort, TrafficPolicy, family_of,
+    Conditions, ContainerPort, Endpoint, EndpointPort, EndpointSlice, Labels, Object, ObjectName,
+    Pod, Service, ServicePort, ServiceType, TargetPort, TrafficPolicy, family_of,
 };
 
 /// `default/name`.
@@ -40,7 +40,7 @@ pub(crate) fn service(name: &str, cluster_ips: &[&str]) -> Service {
         affinity_seconds: None,
         source_ranges: Vec::new(),
         proxy_name: None,
-        selector: BTreeMap::new(),
+        selector: Labels::default(),
         publish_not_ready: false,
         ip_families: Vec::new(),
         ip_family_policy: None,
@@ -100,7 +100,7 @@ pub(crate) fn endpoint(address: &str, node: &str) -> Endpoint {
 pub(crate) fn pod(name: &str, app: &str, addresses: &[&str]) -> Pod {
     Pod {
         name: named(name),
-        labels: BTreeMap::from([("app".to_owned(), app.to_owned())]),
+        labels: Labels::from_iter([("app", app)]),
         node: Some(Arc::from("node-a")),
         addresses: addresses.iter().map(|text| ip(text)).collect(),
         ready: true,
@@ -116,5 +116,5 @@ pub(crate) fn pod(name: &str, app: &str, addresses: &[&str]) -> Pod {
 
 /// Wraps a Service.
 pub(crate) fn object(service: Service) -> Object {
-    Object::Service(Box::new(service))
+    Object::Service(Arc::new(service))
 }

@@ -1,6 +1,6 @@
 //! What sources report and what remains of it once ownership is settled.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use serde::Serialize;
 
@@ -52,7 +52,7 @@ impl fmt::Display for ObjectKey {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Object {
     /// v1 Service.
-    Service(Box<Service>),
+    Service(Arc<Service>),
     /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice(EndpointSlice),
     /// v1 Endpoints.

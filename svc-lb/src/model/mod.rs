@@ -9,6 +9,7 @@
 pub(crate) mod build;
 mod change;
 mod intake;
+mod labels;
 mod object;
 mod store;
 
@@ -17,6 +18,7 @@ mod tests;
 
 pub use change::{Batch, Change, Edit, Kind, Object, ObjectKey, SourceId};
 pub use intake::Intake;
+pub use labels::Labels;
 pub use object::{
     Conditions, ContainerPort, Endpoint, EndpointAddress, EndpointPort, EndpointSlice,
     EndpointSubset, Endpoints, Hints, IpFamilyPolicy, IpMode, LoadBalancerIngress, Node, NodeFacts,

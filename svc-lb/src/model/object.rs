@@ -1,10 +1,12 @@
 //! The trimmed, validated objects: only what selects, addresses or explains a backend.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
+use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use svc_lb_common::{Family, Protocol};
+
+use super::Labels;
 
 /// Namespace and name of an object.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize, Deserialize)]
@@ -175,7 +177,7 @@ pub struct Service {
     /// Label `service.kubernetes.io/service-proxy-name` (SEMANTICS A4).
     pub proxy_name: Option<String>,
     /// `spec.selector`; used by the standalone control plane only, as all below.
-    pub selector: BTreeMap<String, String>,
+    pub selector: Labels,
     /// `spec.publishNotReadyAddresses`.
     pub publish_not_ready: bool,
     /// `spec.ipFamilies`, in order of preference.
@@ -320,7 +322,7 @@ pub struct Pod {
     /// Who.
     pub name: ObjectName,
     /// What selectors look at.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// Node it runs on, once scheduled.
     pub node: Option<Arc<str>>,
     /// `status.podIPs`, at most one of each family.

@@ -1,6 +1,9 @@
 //! The cluster's state, indexed by what a change concerns.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{
     change::{Edit, Kind, Object, ObjectKey},
@@ -13,7 +16,7 @@ use super::{
 #[derive(Debug)]
 pub struct Model {
     node: NodeFacts,
-    services: BTreeMap<ObjectName, Service>,
+    services: BTreeMap<ObjectName, Arc<Service>>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     /// Names of the slices of each Service, known or not.
     slices_of: BTreeMap<ObjectName, BTreeSet<String>>,
@@ -42,7 +45,7 @@ impl Model {
         for edit in edits {
             match edit {
                 Edit::Upsert(Object::Service(service)) => {
-                    self.upsert_service(*service, &mut affected);
+                    self.upsert_service(service, &mut affected);
                 }
                 Edit::Upsert(Object::EndpointSlice(slice)) => {
                     self.upsert_slice(slice, &mut affected);
@@ -66,12 +69,12 @@ impl Model {
     /// The Service of that name.
     #[must_use]
     pub fn service(&self, name: &ObjectName) -> Option<&Service> {
-        self.services.get(name)
+        self.services.get(name).map(|service| &**service)
     }
 
     /// All Services, by name.
     pub fn services(&self) -> impl Iterator<Item = &Service> {
-        self.services.values()
+        self.services.values().map(|service| &**service)
     }
 
     /// The slices of a Service, by name; also of a Service that is not known.
@@ -84,7 +87,7 @@ impl Model {
         })
     }
 
-    fn upsert_service(&mut self, service: Service, affected: &mut BTreeSet<ObjectName>) {
+    fn upsert_service(&mut self, service: Arc<Service>, affected: &mut BTreeSet<ObjectName>) {
         if self.services.get(&service.name) == Some(&service) {
             return;
         }

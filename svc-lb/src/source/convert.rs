@@ -88,7 +88,7 @@ pub fn service(object: &core::Service) -> Result<Service> {
         affinity_seconds: affinity(spec)?,
         source_ranges: source_ranges(spec)?,
         proxy_name: label(&object.metadata, SERVICE_PROXY_NAME),
-        selector: spec.selector.clone().unwrap_or_default(),
+        selector: spec.selector.clone().into_iter().flatten().collect(),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         ip_families: ip_families(spec)?,
         ip_family_policy: ip_family_policy(spec)?,
@@ -165,7 +165,13 @@ pub fn pod(object: &core::Pod) -> Result<Pod> {
     let phase = status.and_then(|s| s.phase.as_deref());
     Ok(Pod {
         name,
-        labels: object.metadata.labels.clone().unwrap_or_default(),
+        labels: object
+            .metadata
+            .labels
+            .clone()
+            .into_iter()
+            .flatten()
+            .collect(),
         node: spec.and_then(|s| node_name(s.node_name.as_deref())),
         addresses: pod_ips(status)?,
         ready: conditions
@@ -740,7 +746,7 @@ pub(super) fn object<'de, D: Deserializer<'de>>(
         T::deserialize(deserializer).map_err(Failure::Shape)
     }
     let converted = match kind {
-        Kind::Service => service(&read(deserializer)?).map(|o| Object::Service(Box::new(o))),
+        Kind::Service => service(&read(deserializer)?).map(|o| Object::Service(Arc::new(o))),
         Kind::Endpoints => endpoints(&read(deserializer)?).map(Object::Endpoints),
         Kind::Pod => pod(&read(deserializer)?).map(|o| Object::Pod(Box::new(o))),
         Kind::Node => node(&read(deserializer)?).map(Object::Node),

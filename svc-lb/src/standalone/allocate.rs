@@ -7,6 +7,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     num::NonZeroU16,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -154,29 +155,31 @@ impl Allocator {
         todo
     }
 
-    /// The Service with the values it was given.
-    pub(super) fn complete(&self, service: &Service) -> Service {
-        let mut complete = service.clone();
-        let kept = self.kept.get(&service.name.to_string());
-        let value = |claim: &Claim| kept.and_then(|kept| kept.get(&claim.label()).copied());
+    /// The Service with the values it was given; the same one if it was given none.
+    pub(super) fn complete(&self, service: &Arc<Service>) -> Arc<Service> {
+        let Some(kept) = self.kept.get(&service.name.to_string()) else {
+            return Arc::clone(service);
+        };
+        let mut complete = Service::clone(service);
         for claim in self.claims(service).unwrap_or_default() {
-            match (value(&claim), claim) {
-                (Some(Value::Ip(ip)), Claim::ClusterIp(_)) => complete.cluster_ips.push(ip),
+            match (kept.get(&claim.label()), claim) {
+                (Some(Value::Ip(ip)), Claim::ClusterIp(_)) => complete.cluster_ips.push(*ip),
                 (Some(Value::Ip(ip)), Claim::LoadBalancer(_)) => {
-                    complete.load_balancer.push(LoadBalancerIngress {
-                        ip,
+                    let ingress = LoadBalancerIngress {
+                        ip: *ip,
                         mode: IpMode::Vip,
-                    });
+                    };
+                    complete.load_balancer.push(ingress);
                 }
                 (Some(Value::Port(number)), Claim::NodePort(name)) => {
                     for port in complete.ports.iter_mut().filter(|p| port_name(p) == name) {
-                        port.node_port = Some(number);
+                        port.node_port = Some(*number);
                     }
                 }
                 _ => {}
             }
         }
-        complete
+        Arc::new(complete)
     }
 
     /// Services that lack something, and explicit values that two Services wrote.
@@ -272,7 +275,10 @@ impl Allocator {
             }
             todo.insert(loser);
         }
-        self.explicit.insert(name.clone(), explicit);
+        if !explicit.is_empty() {
+            explicit.shrink_to_fit();
+            self.explicit.insert(name.clone(), explicit);
+        }
     }
 
     /// Makes sure that what was handed out to a Service earlier is still its own.

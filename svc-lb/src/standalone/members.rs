@@ -1,18 +1,24 @@
 //! Which Pods each Service selects, kept up to date change by change.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use crate::model::{ObjectName, Pod, Service};
 
 /// The Pods that selectors select.
 #[derive(Debug, Default)]
 pub(super) struct Members {
-    selectors: BTreeMap<ObjectName, BTreeMap<String, String>>,
+    selecting: BTreeMap<ObjectName, Arc<Service>>,
     /// Services by namespace and the first label that they select: a Pod needs to be compared
     /// with those of its own labels only.
-    by_label: BTreeMap<(String, String, String), BTreeSet<String>>,
+    by_label: BTreeMap<Label, Vec<String>>,
     pods: BTreeMap<ObjectName, BTreeSet<ObjectName>>,
 }
+
+/// Namespace, key and value.
+type Label = (String, String, String);
 
 impl Members {
     /// The Pods of a Service, by name.
@@ -21,41 +27,46 @@ impl Members {
     }
 
     /// Takes a Service whose selector may be new.
-    pub(super) fn set_service(&mut self, service: &Service, pods: &BTreeMap<ObjectName, Pod>) {
+    pub(super) fn set_service(&mut self, service: &Arc<Service>, pods: &BTreeMap<ObjectName, Pod>) {
         let name = &service.name;
-        if self.selectors.get(name) == Some(&service.selector) {
+        if self
+            .selecting
+            .get(name)
+            .is_some_and(|known| known.selector == service.selector)
+        {
             return;
         }
         self.remove_service(name);
-        let Some(label) = first_label(name, &service.selector) else {
+        let Some(label) = first_label(service) else {
             return;
         };
-        self.selectors
-            .insert(name.clone(), service.selector.clone());
+        self.selecting.insert(name.clone(), Arc::clone(service));
         self.by_label
             .entry(label)
             .or_default()
-            .insert(name.name.clone());
+            .push(name.name.clone());
         let first = ObjectName::new(name.namespace.clone(), "");
         let selected: BTreeSet<ObjectName> = pods
             .range(first..)
             .take_while(|(pod, _)| pod.namespace == name.namespace)
-            .filter(|(_, pod)| selects(&service.selector, pod))
+            .filter(|(_, pod)| pod.labels.match_all_of(&service.selector))
             .map(|(pod, _)| pod.clone())
             .collect();
-        self.pods.insert(name.clone(), selected);
+        if !selected.is_empty() {
+            self.pods.insert(name.clone(), selected);
+        }
     }
 
     pub(super) fn remove_service(&mut self, name: &ObjectName) {
-        let Some(selector) = self.selectors.remove(name) else {
+        let Some(service) = self.selecting.remove(name) else {
             return;
         };
         self.pods.remove(name);
-        let Some(label) = first_label(name, &selector) else {
+        let Some(label) = first_label(&service) else {
             return;
         };
         if let Some(services) = self.by_label.get_mut(&label) {
-            services.remove(&name.name);
+            services.retain(|service| *service != name.name);
             if services.is_empty() {
                 self.by_label.remove(&label);
             }
@@ -92,15 +103,12 @@ impl Members {
     fn selecting(&self, pod: &Pod) -> Vec<ObjectName> {
         let namespace = &pod.name.namespace;
         let mut services = Vec::new();
-        for (key, value) in &pod.labels {
-            let label = (namespace.clone(), key.clone(), value.clone());
+        for (key, value) in pod.labels.iter() {
+            let label = (namespace.clone(), key.to_owned(), value.to_owned());
             for service in self.by_label.get(&label).into_iter().flatten() {
                 let name = ObjectName::new(namespace.clone(), service.clone());
-                if self
-                    .selectors
-                    .get(&name)
-                    .is_some_and(|selector| selects(selector, pod))
-                {
+                let service = self.selecting.get(&name);
+                if service.is_some_and(|service| pod.labels.match_all_of(&service.selector)) {
                     services.push(name);
                 }
             }
@@ -109,16 +117,11 @@ impl Members {
     }
 }
 
-fn first_label(
-    name: &ObjectName,
-    selector: &BTreeMap<String, String>,
-) -> Option<(String, String, String)> {
-    let (key, value) = selector.first_key_value()?;
-    Some((name.namespace.clone(), key.clone(), value.clone()))
-}
-
-fn selects(selector: &BTreeMap<String, String>, pod: &Pod) -> bool {
-    selector
-        .iter()
-        .all(|(key, value)| pod.labels.get(key) == Some(value))
+fn first_label(service: &Service) -> Option<Label> {
+    let (key, value) = service.selector.iter().next()?;
+    Some((
+        service.name.namespace.clone(),
+        key.to_owned(),
+        value.to_owned(),
+    ))
 }

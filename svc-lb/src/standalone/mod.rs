@@ -18,6 +18,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     ops::RangeInclusive,
     path::PathBuf,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -67,7 +68,7 @@ pub struct Standalone {
     unkept: Option<Problem>,
     started: bool,
     /// As their authors wrote them.
-    services: BTreeMap<ObjectName, Service>,
+    services: BTreeMap<ObjectName, Arc<Service>>,
     pods: BTreeMap<ObjectName, Pod>,
     members: Members,
     endpoints: BTreeMap<ObjectName, Endpoints>,
@@ -141,7 +142,7 @@ impl Standalone {
         for name in valued {
             if let Some(service) = self.services.get(&name) {
                 let complete = self.allocator.complete(service);
-                out.push(Edit::Upsert(Object::Service(Box::new(complete))));
+                out.push(Edit::Upsert(Object::Service(complete)));
             }
         }
         for name in touched.endpoints {
@@ -159,11 +160,11 @@ impl Standalone {
         match object {
             Object::Service(service) => {
                 let name = service.name.clone();
-                if self.services.get(&name) == Some(&*service) {
+                if self.services.get(&name) == Some(&service) {
                     return;
                 }
                 self.members.set_service(&service, &self.pods);
-                self.services.insert(name.clone(), *service);
+                self.services.insert(name.clone(), service);
                 touched.services.insert(name);
             }
             Object::Pod(pod) => {
@@ -251,7 +252,9 @@ impl Standalone {
             return BTreeSet::new();
         }
         let services = &self.services;
-        let valued = self.allocator.update(changed, |name| services.get(name));
+        let valued = self
+            .allocator
+            .update(changed, |name| services.get(name).map(|service| &**service));
         self.keep();
         valued
     }

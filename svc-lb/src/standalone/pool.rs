@@ -1,9 +1,6 @@
 //! Numbers to hand out: addresses of a range, or ports.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 use svc_lb_common::hash::mix;
@@ -17,7 +14,7 @@ pub(super) struct Pool {
     pub(super) name: String,
     ranges: Vec<Range>,
     /// Written by users; a value may be claimed by several.
-    explicit: BTreeMap<u128, BTreeSet<ObjectName>>,
+    explicit: BTreeMap<u128, Vec<ObjectName>>,
     /// Handed out from here.
     dynamic: BTreeMap<u128, ObjectName>,
 }
@@ -92,10 +89,13 @@ impl Pool {
 
     /// Reserves what a user wrote; returns who had been given the value and must get another.
     pub(super) fn reserve(&mut self, value: u128, owner: &ObjectName) -> Option<ObjectName> {
-        self.explicit
+        let owners = self
+            .explicit
             .entry(value)
-            .or_default()
-            .insert(owner.clone());
+            .or_insert_with(|| Vec::with_capacity(1));
+        if !owners.contains(owner) {
+            owners.push(owner.clone());
+        }
         self.dynamic.remove(&value)
     }
 
@@ -142,7 +142,7 @@ impl Pool {
             self.dynamic.remove(&value);
         }
         if let Some(owners) = self.explicit.get_mut(&value) {
-            owners.remove(owner);
+            owners.retain(|other| other != owner);
             if owners.is_empty() {
                 self.explicit.remove(&value);
             }

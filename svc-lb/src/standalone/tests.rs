@@ -17,8 +17,8 @@ use crate::{
     compile::{CompileOptions, compile},
     model::{
         Conditions, ContainerPort, Edit, EndpointAddress, EndpointSlice, EndpointSubset, Endpoints,
-        Intake, IpFamilyPolicy, IpMode, Kind, LoadBalancerIngress, Model, Object, ObjectKey,
-        ObjectName, Pod, Service, ServiceType, SourceId, TargetPort,
+        Intake, IpFamilyPolicy, IpMode, Kind, Labels, LoadBalancerIngress, Model, Object,
+        ObjectKey, ObjectName, Pod, Service, ServiceType, SourceId, TargetPort,
         build::{
             endpoint, endpoint_port, ip, named, object, pod, port, service, service_port, slice,
         },
@@ -131,7 +131,7 @@ fn typed(name: &str, service_type: ServiceType) -> Service {
 }
 
 fn selecting(name: &str, app: &str) -> Service {
-    let selector = BTreeMap::from([("app".to_owned(), app.to_owned())]);
+    let selector = Labels::from_iter([("app", app)]);
     Service {
         selector,
         ..service(name, &["10.96.0.1", "fd00:10:96::1"])
@@ -593,7 +593,7 @@ fn conditions_of_pods() {
             ..base()
         },
         Pod {
-            labels: BTreeMap::new(),
+            labels: Labels::default(),
             ..base()
         },
         Pod {
@@ -910,9 +910,9 @@ proptest! {
     fn members_equal_a_search(
         steps in prop::collection::vec((any::<bool>(), 0..5u8, prop::option::of(0..4u8)), 0..60),
     ) {
-        let labels = |n: u8| -> BTreeMap<String, String> {
+        let labels = |n: u8| -> Labels {
             let pairs = [("app", n & 1), ("tier", n >> 1)];
-            pairs.iter().map(|(k, v)| ((*k).to_owned(), v.to_string())).collect()
+            pairs.iter().map(|(k, v)| (*k, v.to_string())).collect()
         };
         let mut cluster = Cluster::new(&dual());
         let (mut pods, mut services) = (BTreeMap::new(), BTreeMap::new());
@@ -932,7 +932,7 @@ proptest! {
                     let mut service = selecting(&format!("s{id}"), "");
                     service.selector = labels(n);
                     if n == 3 {
-                        service.selector.remove("app");
+                        service.selector = Labels::from_iter([("tier", "1")]);
                     }
                     services.insert(id, service.clone());
                     cluster.put([service]);

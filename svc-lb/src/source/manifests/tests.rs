@@ -222,9 +222,10 @@ fn forms_of_manifests() {
     assert_eq!(objects(&two), ["Service default/a", "Service default/b"]);
     let json = r#"{"apiVersion": "v1", "kind": "List", "items": [
         {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}},
-	    {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+TAB   {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
          "metadata": {"name": "s", "namespace": "x", "labels": {"kubernetes.io/service-name": "a"}},
          "endpoints": [], "ports": null}]}"#;
+    let json = &json.replace("TAB", "\t");
     assert_eq!(objects(json), ["Node n", "EndpointSlice x/s"]);
     let list = "apiVersion: v1\nkind: PodList\nmetadata: {resourceVersion: \"1\"}\nitems:\n\
                 - metadata: {name: p}\n  spec:\n    containers:\n    - name: c\n      \
