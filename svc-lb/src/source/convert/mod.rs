@@ -1,5 +1,8 @@
 //! Kubernetes' typed objects in, the model's trimmed ones out; what is invalid is named by field.
 
+#[cfg(test)]
+mod tests;
+
 use std::{collections::BTreeSet, fmt::Display, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use ipnet::IpNet;
