@@ -319,9 +319,11 @@ fn address_types() {
         let value = json!({
             "metadata": {"name": "web-1"}, "addressType": kind, "endpoints": [{"addresses": [address]}],
         });
-        read(Kind::EndpointSlice, value).map(|object| match object {
-            Object::EndpointSlice(slice) => (slice.family, slice.endpoints.len()),
-            other => panic!("{other:?}"),
+        read(Kind::EndpointSlice, value).map(|object| {
+            let Object::EndpointSlice(slice) = object else {
+                panic!("a slice")
+            };
+            (slice.family, slice.endpoints.len())
         })
     };
     assert_eq!(with("IPv6", "fd00::1"), Ok((Some(Family::V6), 1)));
