@@ -489,8 +489,14 @@ async fn edits_arrive() {
         write(at, &format!("{name}.yaml"), &service(name, 80));
     }
     fs::remove_file(at.join("a.yaml")).expect("removed");
+    // One edit, unless the machine paused in between.
+    let mut changes = Vec::new();
+    while changes.len() < 4 {
+        changes.extend(next(&mut running).await);
+    }
+    changes.sort_unstable();
     assert_eq!(
-        next(&mut running).await,
+        changes,
         [
             "+default/b:80",
             "+default/c:80",

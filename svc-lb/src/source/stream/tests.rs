@@ -687,7 +687,7 @@ async fn a_file() {
 #[tokio::test]
 async fn quiet_ends_the_list() {
     let (_dir, path) = directory();
-    let quiet = Duration::from_millis(150);
+    let quiet = Duration::from_millis(600);
     let mut running = run(Target::Unix(path.clone()), Some(quiet));
     let mut sender = connect(&path);
     running.expect(&["resync"]).await;
@@ -699,7 +699,7 @@ async fn quiet_ends_the_list() {
     for name in ["a", "b", "c"] {
         send(&mut sender, &[event("ADDED", &service(name))]);
         running.expect(&[&format!("+{name}")]).await;
-        tokio::time::sleep(quiet / 3).await;
+        tokio::time::sleep(quiet / 6).await;
     }
     running.expect(&["complete"]).await;
     send(&mut sender, &[event("ADDED", &service("d"))]);
