@@ -506,11 +506,13 @@ async fn edits_arrive() {
     );
 
     write(at, "b.yaml", "kind: [");
-    let changed = timeout(Duration::from_secs(5), running.health.changed()).await;
-    changed.expect("in time").expect("running");
-    while running.health.borrow().problems.is_empty() {
-        running.health.changed().await.expect("running");
-    }
+    let noticed = running
+        .health
+        .wait_for(|health| !health.problems.is_empty());
+    let noticed = timeout(Duration::from_secs(5), noticed)
+        .await
+        .expect("in time");
+    drop(noticed.expect("running"));
     running.cancel.cancel();
     timeout(Duration::from_secs(5), running.task)
         .await
