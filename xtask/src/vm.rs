@@ -234,10 +234,10 @@ impl Boot<'_> {
             .arg(self.kernel)
             .arg("-initrd")
             .arg(self.initramfs);
-        // What follows `--` becomes the init's arguments.
+        // A setting the kernel does not know goes into the init's environment; what follows `--` into its arguments.
         let tests = self.tests.join(" ");
         cmd.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 loglevel=4 rdinit=/init -- {tests}"
+            "console=ttyS0 panic=-1 loglevel=4 rdinit=/init SVC_LB_BIN=/bin/svc-lb -- {tests}"
         ));
         cmd
     }
