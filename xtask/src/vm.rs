@@ -20,8 +20,9 @@ use crate::{build, proc};
 mod initramfs;
 mod kernel;
 
-/// The line with which the init reports that everything passed.
+/// How the init's lines begin that report the end: `PASS`, or what failed.
 const PASS: &str = "svc-lb-vm: PASS";
+const FAIL: &str = "svc-lb-vm: FAIL: ";
 const INIT: &str = "vm-init";
 
 /// Boot Debian kernels in QEMU and check that svc-lb works on them.
@@ -182,6 +183,7 @@ impl Boot<'_> {
 
         let deadline = Instant::now() + self.timeout;
         let mut passed = false;
+        let mut failure = None;
         let ended = loop {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
@@ -190,6 +192,7 @@ impl Boot<'_> {
                     writeln!(log, "{line}")?;
                     eprintln!("[{}] {line}", self.name);
                     passed |= line.ends_with(PASS);
+                    failure = failure.or_else(|| Some(line.split_once(FAIL)?.1.to_owned()));
                 }
                 Err(mpsc::RecvTimeoutError::Disconnected) => break true,
                 Err(mpsc::RecvTimeoutError::Timeout) => break false,
@@ -210,6 +213,9 @@ impl Boot<'_> {
         }
         if !status.success() {
             bail!("QEMU: {status}");
+        }
+        if let Some(failure) = failure {
+            bail!("{failure}; console: {}", self.console.display());
         }
         if !passed {
             bail!("no {PASS:?} on the console: {}", self.console.display());

@@ -3,10 +3,12 @@
 //! Its last line on the console says whether everything passed. A panic ends process 1, on which the kernel panics
 //! and the machine stops without that line.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Write as _, stdout};
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
+use std::time::Duration;
 use std::{env, process};
 
 use anyhow::{Context as _, Result, bail};
@@ -19,9 +21,12 @@ use svc_lb::dataplane::loader;
 use svc_lb::dataplane::pins::Pins;
 use svc_lb::dataplane::sizes::MapSizes;
 use svc_lb_common::config::Config;
-use svc_lb_tests::lab::agent;
+use svc_lb_tests::lab::addresses::SERVICES;
+use svc_lb_tests::lab::agent::{self, AgentConfig, AgentProcess};
 use svc_lb_tests::lab::client::Client;
-use svc_lb_tests::lab::{Family, Lab, server};
+use svc_lb_tests::lab::objects::{Manifests, Protocol, Service};
+use svc_lb_tests::lab::process::collected;
+use svc_lb_tests::lab::{Family, Lab, POD_INTERFACES, UPLINK, server};
 
 /// A test that `cargo xtask vm` can run by name.
 type Test = fn() -> Result<()>;
@@ -64,7 +69,12 @@ fn run() -> Result<()> {
     ));
     load_modules()?;
     let wanted: Vec<String> = env::args().skip(1).collect();
-    let tests: &[(&str, Test)] = &[("check", check), ("load", load), ("lab", lab)];
+    let tests: &[(&str, Test)] = &[
+        ("check", check),
+        ("load", load),
+        ("lab", lab),
+        ("clusterip", clusterip),
+    ];
     if let Some(unknown) = wanted
         .iter()
         .find(|name| tests.iter().all(|(test, _)| test != name))
@@ -111,16 +121,27 @@ fn load_modules() -> Result<()> {
     Ok(())
 }
 
-/// The agent's own view of this kernel. Degraded is fine: that is what older kernels are.
+/// The agent's own view of this kernel, on a node with an uplink and a pod. Degraded is fine: that is what older
+/// kernels are.
 fn check() -> Result<()> {
     const OK: i32 = 0;
     const DEGRADED: i32 = 3;
-    let status = Command::new(agent::binary()?)
+    let lab = Lab::builder().name("vm").routed("a").clients(1).build()?;
+    let mut command = collected(agent::binary()?);
+    command
         .args(["check", "--all"])
-        .status()
-        .context("start svc-lb check")?;
-    if !matches!(status.code(), Some(OK | DEGRADED)) {
-        bail!("svc-lb check: {status}");
+        .args(["--uplink", UPLINK, "--pod-interface", POD_INTERFACES]);
+    let output = lab
+        .node_a()
+        .start(command)?
+        .output(Duration::from_mins(2))?;
+    say(&String::from_utf8_lossy(&output.stdout));
+    if !matches!(output.status.code(), Some(OK | DEGRADED)) {
+        bail!(
+            "svc-lb check: {} {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     Ok(())
 }
@@ -169,6 +190,67 @@ fn lab() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// The service's backends; the client is another pod.
+const BACKENDS: [&str; 2] = ["a", "b"];
+const CLIENT: &str = "c";
+/// Enough to reach both of two backends, but for once in a hundred million runs.
+const TRIES: usize = 28;
+
+/// The agent attaches its programs to edges and uplink, and a pod reaches both backends of a Service through its
+/// ClusterIPs, over TCP and UDP. Afterwards `detach` leaves nothing pinned.
+fn clusterip() -> Result<()> {
+    let lab = Lab::builder()
+        .name("vm")
+        .routed("a")
+        .bridged("b")
+        .routed("c")
+        .clients(1)
+        .build()?;
+    let mut servers = Vec::new();
+    for pod in BACKENDS.map(|name| lab.pod(name)) {
+        servers.push(server::http(pod.ns(), pod.name(), 8080)?);
+        servers.push(server::udp_echo(pod.ns(), pod.name(), 5353)?);
+    }
+    let service = Service::new("web", SERVICES.nth(80))
+        .port("http", Protocol::Tcp, 80, 8080)
+        .port("udp", Protocol::Udp, 53, 5353)
+        .pods(BACKENDS.map(|name| lab.pod(name)));
+    let manifests = Manifests::create(lab.dir(), &[service])?;
+    let mut agent = AgentProcess::start(&lab, AgentConfig::manifests(manifests.path()))?;
+    say(&format!("svc-lb status\n{}", agent.ask(&["status"])?));
+
+    let client = lab.pod(CLIENT);
+    for family in Family::BOTH {
+        let vip = SERVICES.nth(80);
+        let hits = tries(|| Client::of(client.ns()).hit(vip.socket(family, 80)))?;
+        expect_both(family, "TCP", &hits)?;
+        // Each datagram is a flow of its own: from a socket of its own.
+        let hits = tries(|| {
+            let udp = Client::of(client.ns()).udp(client.addr().of(family))?;
+            Ok(udp.ask_at(vip.socket(family, 53), "x")?.server)
+        })?;
+        expect_both(family, "UDP", &hits)?;
+    }
+    let pins = agent.pin_dir().to_owned();
+    agent.detach()?;
+    if pins.exists() {
+        bail!("detach leaves {}", pins.display());
+    }
+    Ok(())
+}
+
+fn tries(mut hit: impl FnMut() -> Result<String>) -> Result<BTreeSet<String>> {
+    (0..TRIES).map(|_| hit()).collect()
+}
+
+fn expect_both(family: Family, protocol: &str, hits: &BTreeSet<String>) -> Result<()> {
+    let wanted = BACKENDS.map(str::to_owned).into();
+    if *hits != wanted {
+        bail!("{protocol} over {family} hit {hits:?}, not {wanted:?}");
     }
     Ok(())
 }
