@@ -5,10 +5,13 @@
 //! packet at a time is on a CPU: the hooks run with softirqs off, and redirects happen after the
 //! program.
 
+use core::arch::asm;
+
 use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::{Address, Protocol};
 
 use crate::guard::Concern;
+use crate::packet::MAX_QUOTED_WORDS;
 use crate::parse::Transport;
 
 /// A packet whose headers have been read, and the flow it belongs to.
@@ -24,6 +27,8 @@ pub(crate) struct Met<A: Address> {
     pub(crate) reverse: Flow<A>,
     /// An entry that is in the way of it.
     pub(crate) other: Flow<A>,
+    /// The part of the packet that a reject quotes.
+    pub(crate) quoted: [u32; MAX_QUOTED_WORDS],
     /// The hash that a new flow's decisions start from.
     pub(crate) hash: u32,
     /// Offset of the network header.
@@ -68,6 +73,19 @@ impl<A: Address> Met<A> {
         self.l3 = l3 as u32;
         self.l4 = transport.l4 as u32;
         self.flags = transport.flags;
+    }
+
+    /// Makes everything about the packet unknown: what follows is verified once, not once for each
+    /// way through the parser. Older kernels (before 6.4) compare every scalar they know when a
+    /// program has functions, so a constant that is still in a register makes another path.
+    #[inline(always)]
+    pub(crate) fn settle(&mut self) -> &mut Self {
+        let mut met = core::ptr::from_mut(self);
+        // SAFETY: a move of the register to itself. It is said to change any memory, so fields are
+        // read from memory again.
+        unsafe { asm!("{0} = {0}", inout(reg) met, options(preserves_flags, nostack)) };
+        // SAFETY: the same reference, reborrowed.
+        unsafe { &mut *met }
     }
 
     /// Whether it is UDP; else it is TCP.

@@ -66,6 +66,7 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
     let met = F::met().ok_or(Outcome::FlowInsert)?;
     met.set((ip.source, ip.destination), l3, &transport, INBOUND);
     met.concern = concern;
+    let met = met.settle();
     let entry = conntrack::find::<F>(&met.key, &mut met.flow);
     let outcome = match &entry {
         Some(entry) if !ended::<F>(met) => follow::<F>(met, entry),
@@ -248,6 +249,7 @@ fn outbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
     let transport = parse::transport(packet, &payload)?;
     let met = F::met().ok_or(Outcome::FlowInsert)?;
     met.set((ip.source, ip.destination), l3, &transport, OUTBOUND);
+    let met = met.settle();
     let Some(entry) = conntrack::find::<F>(&met.key, &mut met.flow) else {
         return Err(Outcome::NotOurs);
     };

@@ -1,6 +1,8 @@
 //! Rejecting: the packet turns into the ICMP error about itself and goes back.
 
-use aya_ebpf::helpers::generated::bpf_jiffies64;
+use core::ptr::null_mut;
+
+use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_jiffies64};
 use network_types::icmp::Icmpv4Hdr;
 use network_types::ip::Ipv4Hdr;
 use svc_lb_common::Address as _;
@@ -13,16 +15,13 @@ use crate::family::{Family, V4, V6};
 use crate::maps::BUCKET;
 use crate::met::Met;
 use crate::outcome::Verdict;
-use crate::packet::{Packet, Step, Wire};
+use crate::packet::{MAX_QUOTED_WORDS, Packet, Step, Wire, opaque};
 use crate::rewrite;
 
 /// Length of an ICMP header, both versions.
 const ICMP: usize = Icmpv4Hdr::LEN;
 /// What follows the offending packet's headers in an error (RFC 792: 64 bits).
 const TRANSPORT: usize = 8;
-/// The longest part of the offending packet that is quoted, in 4-byte words: the longest IPv4
-/// header is 60 bytes, and IPv6 chains beyond that are cut.
-const MAX_QUOTED_WORDS: usize = 32;
 /// Hop count of what we send (RFC 1700's IPDEFTTL).
 const HOPS: u8 = 64;
 
@@ -101,7 +100,7 @@ impl Unreachable for V6 {
 #[inline(never)]
 pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
     packet: &P,
-    met: &Met<F::Addr>,
+    met: &mut Met<F::Addr>,
 ) -> Step<Verdict> {
     let (source, destination) = (met.key.source, met.key.destination);
     let [first, _] = packet.load::<[u8; 2]>(0)?;
@@ -113,12 +112,26 @@ pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
         return Err(Outcome::RejectLimited);
     }
     let l3 = met.l3 as usize;
-    let words = ((met.l4 as usize - l3 + TRANSPORT) / 4).min(MAX_QUOTED_WORDS);
+    let length = (met.l4 as usize).saturating_sub(l3) + TRANSPORT;
+    // What the verifier must know of the length, whatever the offsets were.
+    let words = opaque((length / 4).clamp(1, MAX_QUOTED_WORDS));
     let quoted = words * 4;
     let icmp = l3 + F::HEADER;
     let message = icmp + ICMP;
     packet.resize((message + quoted) as u32)?;
-    let body = move_back(packet, l3, message, words)?;
+    packet.copy_out(l3, &mut met.quoted, words)?;
+    packet.copy_in(message, &met.quoted, words)?;
+    // SAFETY: `quoted` is at most the buffer's size.
+    let body = unsafe {
+        bpf_csum_diff(
+            null_mut(),
+            0,
+            met.quoted.as_mut_ptr(),
+            opaque(quoted) as u32,
+            0,
+        )
+    };
+    let body = u32::from(fold(body as u32));
     let [kind, code] = F::ERROR;
     let total = sum(body + F::pseudo_sum(&met.key, quoted), &F::ERROR);
     let header = Icmpv4Hdr {
@@ -133,25 +146,6 @@ pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
     packet.store(l3 + F::SOURCE + size_of::<F::Addr>(), &source)?;
     rewrite::swap(packet)?;
     Ok(Verdict::Back(Outcome::Rejected))
-}
-
-/// Moves `words` 4-byte words from `from` to the later `to`, last first since they overlap, and
-/// returns the sum of their 16-bit words.
-#[inline(always)]
-fn move_back<P: Packet>(packet: &P, from: usize, to: usize, words: usize) -> Step<u32> {
-    let mut total = 0;
-    let mut left = MAX_QUOTED_WORDS;
-    while left > 0 {
-        left -= 1;
-        if left >= words {
-            continue;
-        }
-        let offset = left * 4;
-        let word = packet.load::<u32>(from + offset)?;
-        packet.store(to + offset, &word)?;
-        total += (word & 0xffff) + (word >> 16);
-    }
-    Ok(total)
 }
 
 /// Takes one packet from the CPU's bucket.

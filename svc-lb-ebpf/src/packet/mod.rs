@@ -27,11 +27,15 @@ pub(crate) type Step<T> = Result<T, Outcome>;
 /// kernel/bpf/verifier.c is 0xffff); headers lie far before it.
 const MAX_OFFSET: usize = 1024;
 
+/// The longest part of a packet that an ICMP error quotes, in 4-byte words: the longest IPv4 header is
+/// 60 bytes, and IPv6 chains beyond that are cut.
+pub(crate) const MAX_QUOTED_WORDS: usize = 32;
+
 /// Hides where a value came from, so that the register that is compared with a bound is the one
 /// that is added to a pointer. LLVM would compare another one that it can derive it from, and the
 /// verifier would not know the sum's bound.
 #[inline(always)]
-fn opaque(mut value: usize) -> usize {
+pub(crate) fn opaque(mut value: usize) -> usize {
     // SAFETY: a move of the register to itself. (A comment alone would leave two line records for
     // one instruction, which the kernel refuses.)
     unsafe { asm!("{0} = {0}", inout(reg) value, options(pure, nomem, preserves_flags, nostack)) };
@@ -197,6 +201,12 @@ pub(crate) trait Packet {
         addresses: u32,
         ports: u32,
     ) -> Step<()>;
+
+    /// Copies `words` words, at most all of `to`.
+    fn copy_out(&self, offset: usize, to: &mut [u32; MAX_QUOTED_WORDS], words: usize) -> Step<()>;
+
+    /// Writes `words` words, at most all of `from`.
+    fn copy_in(&self, offset: usize, from: &[u32; MAX_QUOTED_WORDS], words: usize) -> Step<()>;
 
     /// Cuts or extends the frame to `length` bytes; what is added has no defined content.
     fn resize(&self, length: u32) -> Step<()>;

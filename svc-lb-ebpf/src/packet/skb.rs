@@ -10,14 +10,14 @@ use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
-    bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_pull_data,
-    bpf_skb_store_bytes,
+    bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_load_bytes,
+    bpf_skb_pull_data, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
 use svc_lb_common::config::CSUM_IPV6;
 use svc_lb_common::outcome::{Hook, Outcome};
 
-use super::{MAX_OFFSET, Packet, Step, TransportChecksum, Wire, opaque};
+use super::{MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
 use crate::config::enabled;
 
 /// BPF_F_IPV6: the difference cancels out in a CHECKSUM_COMPLETE sum (Linux 6.16).
@@ -156,6 +156,20 @@ impl Packet for SkbPacket {
         }
         // SAFETY: as above.
         done(unsafe { bpf_l4_csum_replace(self.ctx, offset as u32, 0, ports as u64, flags) })
+    }
+
+    #[inline(always)]
+    fn copy_out(&self, offset: usize, to: &mut [u32; MAX_QUOTED_WORDS], words: usize) -> Step<()> {
+        let to = to.as_mut_ptr().cast();
+        // SAFETY: the caller's word for it that `to` is long enough.
+        done(unsafe { bpf_skb_load_bytes(self.ctx.cast(), offset as u32, to, words as u32 * 4) })
+    }
+
+    #[inline(always)]
+    fn copy_in(&self, offset: usize, from: &[u32; MAX_QUOTED_WORDS], words: usize) -> Step<()> {
+        let from = from.as_ptr().cast();
+        // SAFETY: the caller's word for it that `from` is long enough.
+        done(unsafe { bpf_skb_store_bytes(self.ctx, offset as u32, from, words as u32 * 4, 0) })
     }
 
     #[inline(always)]

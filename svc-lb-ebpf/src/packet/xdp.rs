@@ -10,7 +10,7 @@ use aya_ebpf::programs::XdpContext;
 use svc_lb_common::checksum;
 use svc_lb_common::outcome::{Hook, Outcome};
 
-use super::{MAX_OFFSET, Packet, Step, TransportChecksum, Wire, opaque};
+use super::{MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
 
 /// A frame at XDP.
 pub(crate) struct XdpPacket {
@@ -124,6 +124,28 @@ impl Packet for XdpPacket {
             return self.update(offset, |check| checksum::update_udp(check, difference));
         }
         self.update(offset, |check| checksum::update(check, difference))
+    }
+
+    #[inline(always)]
+    fn copy_out(&self, offset: usize, to: &mut [u32; MAX_QUOTED_WORDS], words: usize) -> Step<()> {
+        for (index, word) in to.iter_mut().enumerate() {
+            if index >= words {
+                break;
+            }
+            *word = self.load(offset + index * 4)?;
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn copy_in(&self, offset: usize, from: &[u32; MAX_QUOTED_WORDS], words: usize) -> Step<()> {
+        for (index, word) in from.iter().enumerate() {
+            if index >= words {
+                break;
+            }
+            self.store(offset + index * 4, word)?;
+        }
+        Ok(())
     }
 
     #[inline(always)]
