@@ -131,7 +131,7 @@ pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
             0,
         )
     };
-    let body = u32::from(fold(body as u32));
+    let body = u32::from(fold(body.cast_unsigned() as u32));
     let [kind, code] = F::ERROR;
     let total = sum(body + F::pseudo_sum(&met.key, quoted), &F::ERROR);
     let header = Icmpv4Hdr {
