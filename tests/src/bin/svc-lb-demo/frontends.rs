@@ -1,29 +1,22 @@
-//! The addresses of services, as the agent knows them.
+//! The addresses of services, as the agent programmed them.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result};
-use serde_json::Value;
+use serde::Deserialize;
 use svc_lb_tests::lab::addresses::NODE_A;
 use svc_lb_tests::lab::{AgentProcess, Family};
 
-/// Frontends of all services.
+/// Frontends of all services, by `namespace/name`.
 #[derive(Debug)]
 pub(crate) struct Frontends {
-    services: BTreeMap<String, Vec<Frontend>>,
-}
-
-/// One address and port a client may use.
-#[derive(Debug, Clone)]
-pub(crate) struct Frontend {
-    pub(crate) kind: Kind,
-    pub(crate) addr: SocketAddr,
-    port_name: String,
+    services: BTreeMap<String, Vec<Row>>,
 }
 
 /// What an address is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub(crate) enum Kind {
     ClusterIp,
     NodePort,
@@ -31,32 +24,48 @@ pub(crate) enum Kind {
     ExternalIp,
 }
 
+/// A row of `svc-lb dump frontends -o json`.
+#[derive(Debug, Deserialize)]
+struct Row {
+    name: Name,
+    address: Address,
+    port: u16,
+    kind: Kind,
+}
+
+/// Which port of which service.
+#[derive(Debug, Deserialize)]
+struct Name {
+    namespace: String,
+    service: String,
+    port_name: String,
+    family: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Address {
+    /// Every address of the node.
+    Node,
+    Ip(IpAddr),
+}
+
 impl Frontends {
     /// Asks the agent.
     pub(crate) fn ask(agent: &AgentProcess) -> Result<Self> {
-        let dump = agent.dump("services")?;
-        let mut services: BTreeMap<String, Vec<Frontend>> = BTreeMap::new();
-        let records = dump.as_array().context("dump services is not an array")?;
-        for record in records {
-            let key = &record["key"];
-            let name = format!("{}/{}", text(&key["namespace"])?, text(&key["service"])?);
-            let port_name = text(&key["port_name"])?;
-            let frontends = record["frontends"]
-                .as_array()
-                .context("a service without frontends")?;
-            for frontend in frontends {
-                services
-                    .entry(name.clone())
-                    .or_default()
-                    .push(Frontend::read(frontend, key, port_name)?);
-            }
+        let rows: Vec<Row> =
+            serde_json::from_value(agent.dump("frontends")?).context("read dump frontends")?;
+        let mut services: BTreeMap<String, Vec<Row>> = BTreeMap::new();
+        for row in rows {
+            let service = format!("{}/{}", row.name.namespace, row.name.service);
+            services.entry(service).or_default().push(row);
         }
         Ok(Self { services })
     }
 
-    /// The frontends of one service, none if nothing is programmed for it.
-    pub(crate) fn of(&self, service: &str) -> &[Frontend] {
-        self.services.get(service).map_or(&[], Vec::as_slice)
+    /// Number of frontends of one service, 0 if nothing is programmed for it.
+    pub(crate) fn count(&self, service: &str) -> usize {
+        self.services.get(service).map_or(0, Vec::len)
     }
 
     /// One frontend of a service.
@@ -67,49 +76,25 @@ impl Frontends {
         family: Family,
         port_name: &str,
     ) -> Result<SocketAddr> {
-        self.of(service)
-            .iter()
-            .find(|frontend| {
-                frontend.kind == kind
-                    && frontend.addr.is_ipv4() == (family == Family::V4)
-                    && frontend.port_name == port_name
+        let family_name = match family {
+            Family::V4 => "v4",
+            Family::V6 => "v6",
+        };
+        self.services
+            .get(service)
+            .into_iter()
+            .flatten()
+            .find(|row| {
+                row.kind == kind
+                    && row.name.family == family_name
+                    && row.name.port_name == port_name
             })
-            .map(|frontend| frontend.addr)
+            .map(|row| match row.address {
+                Address::Node => NODE_A.socket(family, row.port),
+                Address::Ip(ip) => SocketAddr::new(ip, row.port),
+            })
             .with_context(|| {
                 format!("{service} has no {kind:?} of {family} for port {port_name:?}")
             })
     }
-}
-
-impl Frontend {
-    fn read(frontend: &Value, key: &Value, port_name: &str) -> Result<Self> {
-        let kind = match text(&frontend["kind"])? {
-            "clusterIp" => Kind::ClusterIp,
-            "nodePort" => Kind::NodePort,
-            "loadBalancer" => Kind::LoadBalancer,
-            _ => Kind::ExternalIp,
-        };
-        let family = match text(&key["family"])? {
-            "IPv6" | "ipv6" | "v6" | "V6" => Family::V6,
-            _ => Family::V4,
-        };
-        let ip: IpAddr = match frontend.pointer("/address/ip").and_then(Value::as_str) {
-            Some(ip) => ip.parse().with_context(|| format!("address {ip}"))?,
-            None => NODE_A.of(family),
-        };
-        let port = frontend["port"]
-            .as_u64()
-            .context("a frontend without port")?;
-        Ok(Self {
-            kind,
-            addr: SocketAddr::new(ip, u16::try_from(port).context("port")?),
-            port_name: port_name.to_owned(),
-        })
-    }
-}
-
-fn text(value: &Value) -> Result<&str> {
-    value
-        .as_str()
-        .with_context(|| format!("dump services: {value} is not a text"))
 }

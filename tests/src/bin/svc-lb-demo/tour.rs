@@ -42,7 +42,7 @@ pub(crate) fn run(
     let frontends = wait_for(|| {
         let frontends = Frontends::ask(agent)?;
         ensure!(
-            !frontends.of("default/kubia").is_empty(),
+            frontends.count("default/kubia") > 0,
             "kubia has no frontend"
         );
         Ok(frontends)
@@ -285,7 +285,7 @@ impl Tour<'_> {
         );
         let status = self.agent.ask(&["status"])?;
         for service in ["default/kubia-headless", "default/api"] {
-            let programmed = self.frontends.of(service).len();
+            let programmed = self.frontends.count(service);
             let reason = status.lines().find(|line| line.contains(service));
             show.check(
                 &format!("{service} programs nothing, and status says why"),
