@@ -27,7 +27,7 @@ pub(crate) enum Kind {
 /// A row of `svc-lb dump frontends -o json`.
 #[derive(Debug, Deserialize)]
 struct Row {
-    name: Name,
+    name: Whose,
     address: Address,
     port: u16,
     kind: Kind,
@@ -35,7 +35,7 @@ struct Row {
 
 /// Which port of which service.
 #[derive(Debug, Deserialize)]
-struct Name {
+struct Whose {
     namespace: String,
     service: String,
     port_name: String,
