@@ -83,22 +83,22 @@ fn udp_flow_recovers_when_the_first_endpoint_comes() {
     let local = || everywhere("web").spec("externalTrafficPolicy", "Local".into());
     let (manifests, _agent) = start(&lab, &[local()]);
     each_family(|family| {
-        let patience = Duration::from_millis(200);
-        let inside = Client::of(lab.pod("client-r").ns())
-            .patience(patience)
-            .udp_connected(CLUSTER_IP.addr.socket(family, CLUSTER_IP.udp))?;
-        let outside = Client::of(lab.client(0).ns())
-            .patience(patience)
-            .udp_connected(NODE_PORT.addr.socket(family, NODE_PORT.udp))?;
+        let inside = Client::of(lab.pod("client-r").ns()).patience(Duration::from_millis(200));
+        let outside = Client::of(lab.client(0).ns()).patience(Duration::from_millis(200));
+        let vip = CLUSTER_IP.addr.socket(family, CLUSTER_IP.udp);
         manifests.write(&[local()])?;
         eventually("pods are refused", SOON, || {
-            let error = inside.ask("x").err();
+            // A socket that had an answer keeps its flow, so a new one for each try.
+            let error = inside.udp_connected(vip)?.ask("x").err();
             ensure!(
                 error.as_ref().map(std::io::Error::kind) == Some(ErrorKind::ConnectionRefused),
                 "{error:?}"
             );
             Ok(())
         });
+        let inside = inside.udp_connected(vip)?;
+        let outside = outside.udp_connected(NODE_PORT.addr.socket(family, NODE_PORT.udp))?;
+        assert!(inside.ask("x").is_err() && outside.ask("x").is_err());
         // An endpoint elsewhere: outside clients now meet silence instead of a refusal.
         manifests.write(&[local().pods([lab.pod("far")])])?;
         eventually("pods are served", SOON, || {
