@@ -114,19 +114,6 @@ impl Machine {
         sweep()?;
         Ok(Self { _lock: lock })
     }
-
-    /// The same if no lab is there now, else nothing.
-    pub fn try_alone() -> Result<Option<Self>> {
-        let path = Path::new(LOCKS).join("machine");
-        match Flock::lock(open_lock(&path)?, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => {
-                sweep()?;
-                Ok(Some(Self { _lock: lock }))
-            }
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
-            Err((_, errno)) => Err(errno).with_context(|| format!("lock {}", path.display())),
-        }
-    }
 }
 
 fn machine_lock(how: FlockArg) -> Result<Flock<File>> {

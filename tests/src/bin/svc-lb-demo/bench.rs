@@ -2,7 +2,9 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::thread;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -20,10 +22,11 @@ use crate::show::{Show, note};
 /// The pod that receives; it serves the examples as well, which are idle meanwhile.
 const TARGET: &str = "kubia-1";
 const PORT: u16 = 5201;
-const ROUNDS: usize = 11;
+/// Pairs of measurements, one each way; short, so that both ways meet the same machine.
+const ROUNDS: usize = 40;
 /// Length of one measurement, after a start that is not counted.
-const ROUND: Duration = Duration::from_millis(800);
-const START: Duration = Duration::from_millis(200);
+const ROUND: Duration = Duration::from_millis(150);
+const START: Duration = Duration::from_millis(50);
 /// What the way through the ClusterIP must keep.
 const GOAL: f64 = 0.95;
 
@@ -51,16 +54,18 @@ pub(crate) fn run(lab: &Lab, examples: &Examples, show: &mut Show) -> Result<()>
             Duration::from_secs(5),
             || client.connect(vip).map(drop).context("connect"),
         );
+        let direct = Stream::open(lab, direct)?;
+        let vip = Stream::open(lab, vip)?;
         let (mut directs, mut vips) = (Vec::new(), Vec::new());
         for round in 0..ROUNDS {
             go_on()?;
             // Whoever goes second in a round goes first in the next.
             if round % 2 == 0 {
-                directs.push(gbits(lab, direct, &sink)?);
-                vips.push(gbits(lab, vip, &sink)?);
+                directs.push(direct.gbits(&sink)?);
+                vips.push(vip.gbits(&sink)?);
             } else {
-                vips.push(gbits(lab, vip, &sink)?);
-                directs.push(gbits(lab, direct, &sink)?);
+                vips.push(vip.gbits(&sink)?);
+                directs.push(direct.gbits(&sink)?);
             }
         }
         let ratios: Vec<f64> = vips
@@ -82,25 +87,74 @@ pub(crate) fn run(lab: &Lab, examples: &Examples, show: &mut Show) -> Result<()>
     Ok(())
 }
 
-/// One stream for one round.
-fn gbits(lab: &Lab, to: SocketAddr, sink: &Server) -> Result<f64> {
-    let mut stream = Client::of(lab.pod(SHELL).ns())
-        .connect(to)
-        .with_context(|| format!("connect to {to}"))?;
-    let sender = thread::spawn(move || {
-        let chunk = vec![0x5a; 256 * 1024];
-        let end = Instant::now() + START + ROUND + Duration::from_millis(100);
-        while Instant::now() < end && stream.write_all(&chunk).is_ok() {}
-    });
-    thread::sleep(START);
-    let (from, started) = (sink.served(), Instant::now());
-    thread::sleep(ROUND);
-    let (bytes, took) = (sink.served() - from, started.elapsed());
-    sender.join().ok().context("the sender panicked")?;
-    ensure!(bytes > 0, "nothing arrived at {to}");
-    #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
-    let bits = bytes as f64 * 8.0;
-    Ok(bits / took.as_secs_f64() / 1e9)
+/// One TCP connection that sends when it is told to.
+struct Stream {
+    to: SocketAddr,
+    send: Arc<AtomicBool>,
+    sender: Option<JoinHandle<()>>,
+    over: Arc<AtomicBool>,
+}
+
+impl Stream {
+    fn open(lab: &Lab, to: SocketAddr) -> Result<Self> {
+        let mut stream = Client::of(lab.pod(SHELL).ns())
+            .connect(to)
+            .with_context(|| format!("connect to {to}"))?;
+        let (send, over) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicBool::new(false)),
+        );
+        let (go, end) = (Arc::clone(&send), Arc::clone(&over));
+        let sender = thread::spawn(move || {
+            let chunk = vec![0x5a; 256 * 1024];
+            while !end.load(Ordering::Relaxed) {
+                if !go.load(Ordering::Relaxed) {
+                    thread::park_timeout(Duration::from_millis(20));
+                } else if stream.write_all(&chunk).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self {
+            to,
+            send,
+            sender: Some(sender),
+            over,
+        })
+    }
+
+    /// Sends for one round; what arrived.
+    fn gbits(&self, sink: &Server) -> Result<f64> {
+        self.send.store(true, Ordering::Relaxed);
+        if let Some(sender) = &self.sender {
+            sender.thread().unpark();
+        }
+        thread::sleep(START);
+        let (from, started) = (sink.served(), Instant::now());
+        thread::sleep(ROUND);
+        let (bytes, took) = (sink.served() - from, started.elapsed());
+        self.send.store(false, Ordering::Relaxed);
+        // What is still in the socket's buffers arrives before the other way's round.
+        let mut before = 0;
+        while sink.served() != before {
+            before = sink.served();
+            thread::sleep(Duration::from_millis(5));
+        }
+        ensure!(bytes > 0, "nothing arrived at {}", self.to);
+        #[expect(clippy::cast_precision_loss, reason = "a figure for people")]
+        let bits = bytes as f64 * 8.0;
+        Ok(bits / took.as_secs_f64() / 1e9)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(sender) = self.sender.take() {
+            sender.thread().unpark();
+            let _joined = sender.join();
+        }
+    }
 }
 
 /// Median and extremes.

@@ -11,7 +11,6 @@ use anyhow::{Context as _, Result, bail};
 use clap::Parser as _;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use svc_lb_tests::lab::agent::AgentConfig;
-use svc_lb_tests::lab::run::Machine;
 use svc_lb_tests::lab::{AgentProcess, KernelState, Lab, run};
 
 use crate::examples::Examples;
@@ -79,36 +78,32 @@ fn demo(args: &Args) -> Result<bool> {
         bail!("the demo makes network namespaces and loads BPF programs: run it as root");
     }
     catch_signals()?;
-    // What is left behind can only be told if no other lab comes and goes meanwhile.
-    let machine = Machine::try_alone()?;
-    let before = KernelState::take()?;
+    let before = KernelState::take()?.settings();
     let mut show = Show::new();
-    cluster(args, machine.as_ref(), &mut show)?;
-    if machine.is_some() {
-        let diff = before.settle(SETTLE)?;
-        show.check(
-            "after detach: programs, maps, links, pins, qdiscs, namespaces and routes are as before",
-            if diff.is_empty() {
-                Ok(())
-            } else {
-                Err(anyhow::anyhow!("{diff}"))
-            },
-        );
-    } else {
-        note("what is left behind was not compared: another lab runs on this machine");
-    }
+    let held = cluster(args, &mut show)?;
+    let left = before.settle(&held, SETTLE)?;
+    show.section("clean up", "");
+    show.check(
+        &format!(
+            "gone: {} programs, {} maps, {} links, pins, namespaces; qdiscs and routes as before",
+            held.of_kind("program").count(),
+            held.of_kind("map").count(),
+            held.of_kind("link").count(),
+        ),
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(anyhow::anyhow!("{left}"))
+        },
+    );
     Ok(show.summary())
 }
 
-/// The cluster's life.
-fn cluster(args: &Args, machine: Option<&Machine>, show: &mut Show) -> Result<()> {
+/// The cluster's life; returns what the agent held in the kernel.
+fn cluster(args: &Args, show: &mut Show) -> Result<KernelState> {
     let started = Instant::now();
     let examples = Examples::read(&args.examples)?;
-    let builder = examples.lab(Lab::builder().name("demo"));
-    let lab = match machine {
-        Some(machine) => builder.build_alone(machine)?,
-        None => builder.build()?,
-    };
+    let lab = examples.lab(Lab::builder().name("demo")).build()?;
     guard(lab.run().id())?;
     let examples = examples.copy_to(&lab.dir().join("examples"))?;
     title(&lab, started.elapsed());
@@ -126,7 +121,9 @@ fn cluster(args: &Args, machine: Option<&Machine>, show: &mut Show) -> Result<()
     if args.hold {
         hold(&lab);
     }
-    agent.detach()
+    let held = KernelState::of_pins(agent.pin_dir())?;
+    agent.detach()?;
+    Ok(held)
 }
 
 fn hold(lab: &Lab) {

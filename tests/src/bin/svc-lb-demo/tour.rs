@@ -342,10 +342,7 @@ impl Tour<'_> {
             .join("ingress-nginx-1/tls.crt")
             .display()
             .to_string();
-        for (what, kind) in [
-            ("LoadBalancer", Kind::LoadBalancer),
-            ("NodePort", Kind::NodePort),
-        ] {
+        for (what, kind) in [("LB", Kind::LoadBalancer), ("NodePort", Kind::NodePort)] {
             let addr = self.vip("ingress-nginx/ingress-nginx", kind, "https")?;
             for (path, expected) in [("/", KUBIA.as_slice()), ("/legacy/", &[LEGACY])] {
                 let address = format!("https://kubia.example.com:{}{path}", addr.port());
@@ -363,8 +360,8 @@ impl Tour<'_> {
                     &address,
                 );
                 show.hits(
-                    &format!("outside {what}"),
-                    &format!("kubia.example.com{path}"),
+                    "outside",
+                    &format!("{what} kubia.example.com{path}"),
                     hits,
                     expected,
                 );
