@@ -2,15 +2,19 @@
 //! leaves, the next one adopts, and `detach` removes.
 
 use std::collections::BTreeSet;
-use std::os::fd::AsFd as _;
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::MapInfo;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use rtnetlink::{Handle, LinkUnspec, LinkVeth};
+use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use svc_lb::dataplane::attach::{Attacher, EdgeStatus, TcHook, detach_everything};
 use svc_lb::dataplane::clsact;
 use svc_lb::dataplane::edges::{Choice, EdgeSettings, XdpMode, choose};
@@ -143,7 +147,7 @@ async fn gone(what: &str, ids: &BTreeSet<u32>, loaded: fn() -> BTreeSet<u32>) ->
         if loaded().is_disjoint(ids) {
             return Ok(());
         }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let left: Vec<u32> = loaded().intersection(ids).copied().collect();
     anyhow::bail!("{what} left: {left:?}")
@@ -230,6 +234,212 @@ fn tcx_links_and_maps_are_adopted_and_removed() {
         ensure!(!exists(&base), "{} is left", base.display());
         gone("programs", &programs, loaded_programs).await?;
         gone("maps", &maps, loaded_maps).await
+    });
+}
+
+#[test]
+fn links_of_another_layout_are_taken_over() {
+    alone(async |base| {
+        let netlink = make_node().await?;
+        let old = Pins::of_layout(&base, 0);
+        old.prepare()?;
+        let (attacher, _) = attach(&old, &netlink, load(&old)?, TcHook::Tcx, XdpMode::Off).await?;
+        drop(attacher);
+        let before = links(&old)?;
+        let old_maps = map_ids(&old)?;
+
+        let pins = Pins::new(&base);
+        pins.prepare()?;
+        let loaded = load(&pins)?;
+        ensure!(!loaded.adopted, "maps of another layout were adopted");
+        let (attacher, _) = attach(&pins, &netlink, loaded, TcHook::Tcx, XdpMode::Off).await?;
+        attacher.remove_other_layouts()?;
+        let after = links(&pins)?;
+        ensure!(
+            before.len() == 4 && after.len() == 4,
+            "{before:?} {after:?}"
+        );
+        for ((link, old), (_, new)) in before.iter().zip(&after) {
+            ensure!(
+                old.id == new.id && old.program != new.program,
+                "{link}: {old:?} {new:?}"
+            );
+        }
+        ensure!(!exists(&base.join("v0")), "the other layout is left");
+        gone("maps", &old_maps, loaded_maps).await
+    });
+}
+
+/// An address that only the programs keep away: packets to it are dropped as unallocated, and the
+/// node itself would take them.
+const FORBIDDEN: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 18, 0, 9), 9_999);
+
+/// Sends datagrams to [`FORBIDDEN`] from a namespace of its own behind `pod0`, until stopped.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    thread: thread::JoinHandle<Result<()>>,
+}
+
+impl Flood {
+    async fn start(netlink: &Handle, ifindex: u32) -> Result<Self> {
+        let (stop, sent) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
+        let (moved, wait) = std::sync::mpsc::channel();
+        let (told, ready) = tokio::sync::oneshot::channel();
+        let (stopped, count) = (Arc::clone(&stop), Arc::clone(&sent));
+        let thread = thread::spawn(move || {
+            unshare(CloneFlags::CLONE_NEWNET)?;
+            // The thread's own namespace, for as long as it lives.
+            let namespace = std::fs::File::open("/proc/thread-self/ns/net")?;
+            told.send(namespace)
+                .map_err(|_| anyhow::anyhow!("nobody listens"))?;
+            wait.recv()?;
+            tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?
+                .block_on(configure_peer())?;
+            let socket = UdpSocket::bind("10.0.0.2:0")?;
+            while !stopped.load(Ordering::Relaxed) {
+                if socket.send_to(b"x", FORBIDDEN).is_ok() {
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            Ok(())
+        });
+        let namespace = ready.await?;
+        let to_namespace = LinkUnspec::new_with_index(ifindex)
+            .setns_by_fd(namespace.as_raw_fd())
+            .build();
+        netlink.link().set(to_namespace).execute().await?;
+        moved.send(())?;
+        Ok(Self { stop, sent, thread })
+    }
+
+    fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    fn stop(self) -> Result<()> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the flood ran")
+    }
+}
+
+async fn configure_peer() -> Result<()> {
+    let netlink = node::requests()?;
+    let links = node::read(&netlink).await?.links;
+    let eth0 = links
+        .values()
+        .find(|link| link.name == "eth0")
+        .context("eth0")?
+        .index;
+    netlink
+        .address()
+        .add(eth0, Ipv4Addr::new(10, 0, 0, 2).into(), 24)
+        .execute()
+        .await?;
+    netlink
+        .link()
+        .set(LinkUnspec::new_with_index(eth0).up().build())
+        .execute()
+        .await?;
+    let route = RouteMessageBuilder::<Ipv4Addr>::new()
+        .gateway(Ipv4Addr::new(10, 0, 0, 1))
+        .build();
+    Ok(netlink.route().add(route).execute().await?)
+}
+
+fn received(socket: &UdpSocket) -> usize {
+    let mut buffer = [0; 16];
+    std::iter::from_fn(|| socket.recv(&mut buffer).ok()).count()
+}
+
+#[test]
+fn no_packet_passes_while_programs_are_replaced() {
+    alone(async |base| {
+        let netlink = make_node().await?;
+        let links = node::read(&netlink).await?.links;
+        let index = |name: &str| {
+            links
+                .values()
+                .find(|link| link.name == name)
+                .map(|link| link.index)
+                .context("link")
+        };
+        let (lo, pod0) = (index("lo")?, index("pod0")?);
+        for (link, address) in [(lo, *FORBIDDEN.ip()), (pod0, Ipv4Addr::new(10, 0, 0, 1))] {
+            netlink
+                .link()
+                .set(LinkUnspec::new_with_index(link).up().build())
+                .execute()
+                .await?;
+            netlink
+                .address()
+                .add(link, address.into(), 24)
+                .execute()
+                .await?;
+        }
+        let socket = UdpSocket::bind(FORBIDDEN)?;
+        socket.set_nonblocking(true)?;
+        let flood = Flood::start(&netlink, index("eth0")?).await?;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        ensure!(
+            received(&socket) > 0,
+            "without programs the node takes the datagrams"
+        );
+
+        let pins = Pins::new(&base);
+        pins.prepare()?;
+        let sizes = MapSizes::for_memory(0);
+        let config = Config {
+            service_net4: Ipv4Addr::new(198, 18, 0, 0).into(),
+            service_mask4: Ipv4Addr::new(255, 255, 0, 0).into(),
+            ..Config::DEFAULT
+        };
+        let load = || -> Result<Loaded> {
+            Ok(loader::load(&loader::Settings {
+                object: loader::object()?,
+                pins: &pins,
+                sizes: &sizes,
+                config,
+            })?)
+        };
+        for tc in [TcHook::Tcx, TcHook::Clsact, TcHook::Tcx] {
+            let (mut one, choice) = attach(&pins, &netlink, load()?, tc, XdpMode::Off).await?;
+            let (mut other, _) = attach(&pins, &netlink, load()?, tc, XdpMode::Off).await?;
+            // What passed before the first attachment.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            if tc == TcHook::Tcx && flood.sent() > 0 {
+                received(&socket);
+            }
+            let before = flood.sent();
+            for _ in 0..100 {
+                one.apply(&choice, true).await;
+                other.apply(&choice, true).await;
+            }
+            ensure!(
+                one.status()
+                    .chain(other.status())
+                    .all(|edge| edge.error.is_none())
+            );
+            let sent = flood.sent() - before;
+            ensure!(
+                sent > 100,
+                "only {sent} datagrams were sent during 200 replacements"
+            );
+            let passed = received(&socket);
+            ensure!(
+                passed == 0,
+                "{passed} of {sent} passed while {tc:?} was replaced"
+            );
+        }
+        flood.stop()?;
+        detach_everything(&pins, &netlink, [pod0]).await?;
+        pins.remove_base()?;
+        Ok(())
     });
 }
 

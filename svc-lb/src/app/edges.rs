@@ -43,6 +43,7 @@ pub(super) async fn run(
         told = begin.wait_for(|begin| *begin) => if told.is_err() { return },
     }
     let mut refused = Vec::new();
+    let mut alone = false;
     let mut verify_at = Instant::now() + VERIFY;
     loop {
         let now = Instant::now();
@@ -66,6 +67,12 @@ pub(super) async fn run(
             edges: attacher.status().cloned().collect(),
             refused: choice.refused,
         });
+        if !alone && !attacher.incomplete() {
+            match attacher.remove_other_layouts() {
+                Ok(()) => alone = true,
+                Err(error) => warn!(%error, "pins of another layout not removed; tried again"),
+            }
+        }
         let next = if attacher.incomplete() {
             verify_at.min(Instant::now() + RETRY)
         } else {

@@ -112,13 +112,23 @@ struct Attached {
 }
 
 impl Attacher {
-    /// Takes over what an earlier agent left: nothing is attached or detached yet.
+    /// Takes over what an earlier agent left, of whatever layout: nothing is attached or detached
+    /// yet.
     pub fn new(
         pins: Pins,
         programs: Programs,
         tc: TcHook,
         netlink: Handle,
     ) -> Result<Self, AttachError> {
+        for other in pins.other_layouts()? {
+            let links = pins.take_links_of(&other)?;
+            warn!(
+                from = other.version(),
+                to = pins.version(),
+                links,
+                "another layout of the maps: connections through services do not survive this once"
+            );
+        }
         let map = MapData::from_pin(pins.map(name::EDGES)).map_err(AttachError::OpenEdges)?;
         let map: HashMap<_, u32, Edge> = Map::HashMap(map)
             .try_into()
@@ -168,6 +178,19 @@ impl Attacher {
                 Err(error) => warn!(ifindex, %error, "edge not detached; tried again"),
             }
         }
+    }
+
+    /// Removes maps and programs of other layouts, which no link runs any more once every edge is
+    /// attached.
+    pub fn remove_other_layouts(&self) -> Result<(), AttachError> {
+        for other in self.pins.other_layouts()? {
+            let pins = other.remove()?;
+            info!(
+                layout = other.version(),
+                pins, "pins of another layout removed"
+            );
+        }
+        Ok(())
     }
 
     /// The edges as they are, by interface index.

@@ -287,6 +287,18 @@ impl Pins {
         Ok(links)
     }
 
+    /// Takes the links of another layout over, so that their programs can be replaced in one step.
+    /// Returns how many.
+    pub fn take_links_of(&self, other: &Self) -> Result<usize, PinError> {
+        let links = other.links()?;
+        for link in &links {
+            let path = self.link(*link);
+            fs::rename(other.link(*link), &path)
+                .map_err(|source| PinError::file("take over", &path, source))?;
+        }
+        Ok(links.len())
+    }
+
     /// Removes everything of this layout: with the last link its program goes, with the last
     /// program its maps. Qdiscs and filters are [`super::attach`]'s to remove first.
     ///
