@@ -14,9 +14,9 @@ use tracing::{debug, warn};
 use super::reconcile::Reconciler;
 use crate::compile::desired::PortKey;
 use crate::dataplane::clock::Clock;
-use crate::dataplane::kernel::Kernel;
+use crate::dataplane::kernel::{Flows, Kernel};
 use crate::dataplane::pins::Pins;
-use crate::dataplane::{Dataplane as _, DataplaneError, GuardBit, loader, sys};
+use crate::dataplane::{GuardBit, bits_in_use, loader, sys};
 use crate::model::{Batch, SourceId};
 use crate::node::Node;
 use crate::observe::status::{NodeStatus, ServicesStatus};
@@ -113,7 +113,9 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
             _ = sweep_time.tick() => {
                 if sweep.is_none() && !reconciler.pending_clears().is_empty() {
                     sweep_is_stale = false;
-                    sweep = Some(start_sweep(&pins, reconciler.pending_clears().clone()));
+                    let words = reconciler.sizes().guard_words;
+                    let bits = reconciler.pending_clears().clone();
+                    sweep = Some(start_sweep(&pins, words, bits));
                 }
             }
             () = sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
@@ -149,11 +151,15 @@ fn answer(reconciler: &Reconciler<Kernel>, question: Question) {
 
 /// Looks through all flows, beside the task: a million of them take a while. Returns the bits
 /// that none needs.
-fn start_sweep(pins: &Pins, bits: BTreeSet<GuardBit>) -> JoinHandle<BTreeSet<GuardBit>> {
+fn start_sweep(
+    pins: &Pins,
+    words: u32,
+    bits: BTreeSet<GuardBit>,
+) -> JoinHandle<BTreeSet<GuardBit>> {
     let pins = pins.clone();
     tokio::task::spawn_blocking(move || {
         let started = Instant::now();
-        match unused(&pins, &bits) {
+        match unused(&pins, words, &bits) {
             Ok(unused) => {
                 debug!(bits = bits.len(), unused = unused.len(), elapsed = ?started.elapsed(), "swept");
                 unused
@@ -171,12 +177,11 @@ fn start_sweep(pins: &Pins, bits: BTreeSet<GuardBit>) -> JoinHandle<BTreeSet<Gua
 
 fn unused(
     pins: &Pins,
+    words: u32,
     bits: &BTreeSet<GuardBit>,
 ) -> Result<BTreeSet<GuardBit>, Box<dyn std::error::Error + Send + Sync>> {
     let clock = Clock::new()?.now()?;
-    let reader = Kernel::new(loader::open_maps(pins)?)?;
-    let used = reader
-        .flows_in_use(bits, clock)
-        .map_err(Box::<DataplaneError>::new)?;
+    let flows = Flows::new(&mut loader::open_maps(pins)?)?;
+    let used = bits_in_use(words, bits, clock, |visit| flows.visit(visit))?;
     Ok(bits.difference(&used).copied().collect())
 }

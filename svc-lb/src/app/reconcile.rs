@@ -190,6 +190,11 @@ impl<D: Dataplane> Reconciler<D> {
         self.planner.names()
     }
 
+    /// Sizes of the tables.
+    pub fn sizes(&self) -> dataplane::Sizes {
+        self.dataplane.sizes()
+    }
+
     /// How full the tables are.
     pub fn table_uses(&self) -> Vec<TableUse> {
         self.planner.table_uses()
@@ -312,4 +317,124 @@ fn causes(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use svc_lb_common::Protocol;
+
+    use super::*;
+    use crate::dataplane::faulty::Faulty;
+    use crate::dataplane::memory::Memory;
+    use crate::dataplane::{PerFamily, Sizes};
+    use crate::model::build::{endpoint, object, service, slice};
+    use crate::model::{Change, Object};
+    use crate::standalone;
+
+    const SOURCES: [SourceId; 2] = [SourceId(0), SourceId(1)];
+    const SIZES: Sizes = Sizes {
+        guard_words: 1_024,
+        frontends: PerFamily { v4: 64, v6: 64 },
+        services: 64,
+        slots: 256,
+        backends: PerFamily { v4: 64, v6: 64 },
+    };
+
+    fn reconciler<D: Dataplane>(dataplane: D) -> Reconciler<D> {
+        let settings = Settings {
+            sources: SOURCES.to_vec(),
+            node_name: "here".to_owned(),
+            options: CompileOptions::default(),
+            standalone: Standalone::open(&standalone::Config::default()).unwrap(),
+        };
+        Reconciler::new(settings, dataplane).unwrap()
+    }
+
+    /// The Service "web" from one source, its endpoints from the other.
+    fn lists() -> [Batch; 2] {
+        let web = object(service("web", &["10.96.0.1"]));
+        let endpoints = slice("web-1", "web", vec![endpoint("10.0.0.1", "here")]);
+        let list = |source, object| Batch {
+            source,
+            changes: vec![Change::Upsert(object), Change::InitialListComplete],
+        };
+        [
+            list(SOURCES[0], web),
+            list(SOURCES[1], Object::EndpointSlice(endpoints)),
+        ]
+    }
+
+    #[test]
+    fn nothing_is_programmed_before_every_list_is_complete() {
+        let mut reconciler = reconciler(Memory::new(SIZES));
+        let [services, endpoints] = lists();
+        reconciler.take([services]);
+        assert_eq!(reconciler.apply(Instant::now()), None);
+        assert!(!reconciler.programmed());
+        assert_eq!(reconciler.incomplete(), [SOURCES[1]]);
+        assert!(reconciler.dataplane.frontends().is_empty());
+
+        reconciler.take([endpoints]);
+        assert_eq!(reconciler.apply(Instant::now()), None);
+        assert!(reconciler.programmed());
+        assert!(!reconciler.dataplane.frontends().is_empty());
+        let status = reconciler.services();
+        assert_eq!(
+            (status.known, status.programmed, status.pending),
+            (1, 1, false)
+        );
+    }
+
+    #[test]
+    fn failures_are_retried_ever_later_and_made_good() {
+        let mut reconciler = reconciler(Faulty::new(Memory::new(SIZES), 1, 0));
+        reconciler.dataplane.set_rate(1_024);
+        reconciler.take(lists());
+        let start = Instant::now();
+        let first = reconciler.apply(start).unwrap();
+        assert_eq!(first, start + BACKOFF);
+        assert_eq!(reconciler.apply(start), Some(first), "too early");
+        assert_eq!(reconciler.services().failures, 1);
+        let second = reconciler.apply(first).unwrap();
+        assert_eq!(second, first + 2 * BACKOFF);
+        assert!(
+            reconciler
+                .services()
+                .last_error
+                .is_some_and(|error| error.contains("injected"))
+        );
+        assert!(!reconciler.programmed());
+
+        reconciler.dataplane.set_rate(0);
+        assert_eq!(reconciler.apply(second), None);
+        assert!(reconciler.programmed());
+        assert_eq!(reconciler.services().last_error, None);
+        assert!(!reconciler.dataplane.inner().frontends().is_empty());
+    }
+
+    #[test]
+    fn the_next_agent_writes_nothing_and_renumbers_nothing() {
+        let mut first = reconciler(Memory::new(SIZES));
+        first.take(lists());
+        first.apply(Instant::now());
+        let names = first.names();
+        assert!(names.values().any(|name| name.protocol == Protocol::Tcp));
+
+        let mut next = reconciler(first.dataplane);
+        next.take(lists());
+        assert_eq!(next.apply(Instant::now()), None);
+        assert_eq!(next.names(), names);
+        assert_eq!(next.services().writes, 0);
+
+        // What nobody names any more goes, but only with the complete lists.
+        let mut last = reconciler(next.dataplane);
+        assert!(!last.dataplane.frontends().is_empty());
+        last.take(SOURCES.map(|source| Batch {
+            source,
+            changes: vec![Change::InitialListComplete],
+        }));
+        last.apply(Instant::now());
+        assert!(last.dataplane.frontends().is_empty());
+        assert!(last.programmed());
+    }
 }

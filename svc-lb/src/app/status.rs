@@ -1,10 +1,13 @@
 //! Gathers the status from those who know.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
+use svc_lb_common::Family;
+use svc_lb_common::edge::Edge;
 use svc_lb_common::limits::{LAYOUT_VERSION, name};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::warn;
@@ -12,10 +15,10 @@ use tracing::warn;
 use super::admin::{Answer, Request};
 use super::apply::{Question, Summary};
 use super::edges::Report;
-use crate::dataplane::kernel::Kernel;
+use crate::dataplane::kernel::Flows;
 use crate::dataplane::pins::Pins;
 use crate::dataplane::sys::map::map_info;
-use crate::dataplane::{Dataplane as _, FlowTable, loader};
+use crate::dataplane::{FlowTable, loader, map_name};
 use crate::node::Node;
 use crate::observe::status::{MapStatus, ProgramStatus, SourceStatus, Status};
 use crate::source;
@@ -130,7 +133,7 @@ fn describe(source: &source::Running) -> SourceStatus {
 
 /// Entries, limits and memory of every map.
 fn maps(pins: &Pins, mut used: Vec<(&'static str, u64)>) -> Vec<MapStatus> {
-    let set = match loader::open_maps(pins) {
+    let mut set = match loader::open_maps(pins) {
         Ok(set) => set,
         Err(error) => {
             warn!(%error, "maps not read for status");
@@ -152,9 +155,10 @@ fn maps(pins: &Pins, mut used: Vec<(&'static str, u64)>) -> Vec<MapStatus> {
             bytes: memory(fd.as_fd()),
         });
     }
-    match Kernel::new(set) {
-        Ok(kernel) => used.extend(counts(&kernel)),
-        Err(error) => warn!(%error, "maps not read for status"),
+    used.extend(edge_count(pins));
+    match Flows::new(&mut set) {
+        Ok(flows) => used.extend(flow_counts(&flows)),
+        Err(error) => warn!(%error, "flows not counted for status"),
     }
     for map in &mut maps {
         map.entries = used
@@ -165,29 +169,31 @@ fn maps(pins: &Pins, mut used: Vec<(&'static str, u64)>) -> Vec<MapStatus> {
     maps
 }
 
-/// Entries of the maps that the planner does not count.
-fn counts(kernel: &Kernel) -> Vec<(&'static str, u64)> {
-    let mut flows = [[0; 2]; 2];
-    let counted = kernel.visit_flows(&mut |flow| {
-        let [opening, established] = &mut flows;
-        let table = match flow.table {
-            FlowTable::Opening => opening,
-            FlowTable::Established => established,
+fn edge_count(pins: &Pins) -> Option<(&'static str, u64)> {
+    let map = aya::maps::MapData::from_pin(pins.map(name::EDGES)).ok()?;
+    let edges: aya::maps::HashMap<_, u32, Edge> = aya::maps::Map::HashMap(map).try_into().ok()?;
+    Some((name::EDGES, edges.keys().count() as u64))
+}
+
+fn flow_counts(flows: &Flows) -> Vec<(&'static str, u64)> {
+    let mut counts = BTreeMap::new();
+    let counted = flows.visit(&mut |flow| {
+        let names = match flow.table {
+            FlowTable::Opening => name::OPENING,
+            FlowTable::Established => name::ESTABLISHED,
         };
-        let [v4, v6] = table;
-        *(if flow.source.is_ipv4() { v4 } else { v6 }) += 1;
+        *counts
+            .entry(map_name(names, Family::of(flow.source.ip())))
+            .or_insert(0) += 1;
     });
     if let Err(error) = counted {
         warn!(%error, "flows not counted for status");
         return Vec::new();
     }
-    let [opening, established] = flows;
-    let mut counts: Vec<(&'static str, u64)> = name::OPENING.into_iter().zip(opening).collect();
-    counts.extend(name::ESTABLISHED.into_iter().zip(established));
-    if let Ok(edges) = kernel.edges() {
-        counts.push((name::EDGES, edges.len() as u64));
-    }
-    counts
+    let tables = name::OPENING.into_iter().chain(name::ESTABLISHED);
+    tables
+        .map(|name| (name, counts.get(name).copied().unwrap_or(0)))
+        .collect()
 }
 
 /// The kernel memory of a map, as its descriptor's information says.

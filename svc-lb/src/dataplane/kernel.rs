@@ -125,8 +125,69 @@ struct FamilyMaps<A: HostAddress> {
     family: Family,
     frontends: TypedMap<FrontendKey<A>, Frontend>,
     backends: MappedArray,
+}
+
+/// One family's flows.
+#[derive(Debug)]
+struct FamilyFlows<A: HostAddress> {
+    family: Family,
     opening: TypedMap<FlowKey<A>, Flow<A>>,
     established: TypedMap<FlowKey<A>, Flow<A>>,
+}
+
+/// The flow maps alone: for readers beside the owner of [`Kernel`], at no cost of memory.
+#[derive(Debug)]
+pub struct Flows {
+    v4: FamilyFlows<Addr4>,
+    v6: FamilyFlows<Addr6>,
+}
+
+impl Flows {
+    /// Takes the flow maps, after comparing each with the records.
+    ///
+    /// # Errors
+    /// [`DataplaneError::MissingMap`] or [`DataplaneError::WrongMap`].
+    pub fn new(maps: &mut MapSet) -> Result<Self> {
+        Ok(Self {
+            v4: FamilyFlows::take(maps, Family::V4)?,
+            v6: FamilyFlows::take(maps, Family::V6)?,
+        })
+    }
+
+    /// As [`Dataplane::visit_flows`].
+    pub fn visit(&self, visit: &mut dyn FnMut(&FlowEntry)) -> Result<()> {
+        self.v4.visit(visit)?;
+        self.v6.visit(visit)
+    }
+}
+
+impl<A: HostAddress> FamilyFlows<A>
+where
+    FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
+{
+    fn take(maps: &mut MapSet, family: Family) -> Result<Self> {
+        let lru = bpf_map_type::BPF_MAP_TYPE_LRU_HASH;
+        let (opening, _) = maps.take_typed(map_name(name::OPENING, family), lru)?;
+        let (established, _) = maps.take_typed(map_name(name::ESTABLISHED, family), lru)?;
+        Ok(Self {
+            family,
+            opening,
+            established,
+        })
+    }
+
+    fn visit(&self, visit: &mut dyn FnMut(&FlowEntry)) -> Result<()> {
+        let tables = [
+            (FlowTable::Opening, &self.opening, name::OPENING),
+            (FlowTable::Established, &self.established, name::ESTABLISHED),
+        ];
+        for (table, map, names) in tables {
+            map.visit(&mut |key, flow| visit(&FlowEntry::new(table, key, flow)))
+                .map_err(|source| failed("read", map_name(names, self.family), source))?;
+        }
+        Ok(())
+    }
 }
 
 /// Sizes of one family's tables.
@@ -145,6 +206,7 @@ pub struct Kernel {
     slots: MappedArray,
     v4: FamilyMaps<Addr4>,
     v6: FamilyMaps<Addr6>,
+    flows: Flows,
     edges: TypedMap<u32, Edge>,
     counters: OwnedFd,
 }
@@ -195,6 +257,7 @@ impl Kernel {
         let (slots, slot_words) = maps.take_array::<u64>(name::SLOTS)?;
         let (v4, sizes4) = FamilyMaps::take(&mut maps, Family::V4)?;
         let (v6, sizes6) = FamilyMaps::take(&mut maps, Family::V6)?;
+        let flows = Flows::new(&mut maps)?;
         let (edges, _) = maps.take_typed(name::EDGES, bpf_map_type::BPF_MAP_TYPE_HASH)?;
         let counters = Shape::of::<u32, u64>(bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY);
         let (counters, rows) = maps.take(name::COUNTERS, &counters)?;
@@ -227,6 +290,7 @@ impl Kernel {
             slots,
             v4,
             v6,
+            flows,
             edges,
             counters,
         })
@@ -321,15 +385,12 @@ where
     Backend<A>: aya::Pod,
 {
     fn take(maps: &mut MapSet, family: Family) -> Result<(Self, FamilySizes)> {
-        let lru = bpf_map_type::BPF_MAP_TYPE_LRU_HASH;
         let (frontends, frontend_count) = maps.take_typed(
             map_name(name::FRONTENDS, family),
             bpf_map_type::BPF_MAP_TYPE_HASH,
         )?;
         let (backends, backend_count) =
             maps.take_array::<Backend<A>>(map_name(name::BACKENDS, family))?;
-        let (opening, _) = maps.take_typed(map_name(name::OPENING, family), lru)?;
-        let (established, _) = maps.take_typed(map_name(name::ESTABLISHED, family), lru)?;
         let sizes = FamilySizes {
             frontends: frontend_count,
             backends: backend_count,
@@ -338,8 +399,6 @@ where
             family,
             frontends,
             backends,
-            opening,
-            established,
         };
         Ok((maps, sizes))
     }
@@ -417,18 +476,6 @@ where
         elements::<Backend<A>>(&self.backends)
             .map(|(id, record)| (id, BackendRecord::from_record(&record)))
             .collect()
-    }
-
-    fn visit_flows(&self, visit: &mut dyn FnMut(&FlowEntry)) -> Result<()> {
-        let tables = [
-            (FlowTable::Opening, &self.opening, name::OPENING),
-            (FlowTable::Established, &self.established, name::ESTABLISHED),
-        ];
-        for (table, map, names) in tables {
-            map.visit(&mut |key, flow| visit(&FlowEntry::new(table, key, flow)))
-                .map_err(|source| failed("read", self.name(names), source))?;
-        }
-        Ok(())
     }
 }
 
@@ -534,7 +581,6 @@ impl Dataplane for Kernel {
     }
 
     fn visit_flows(&self, visit: &mut dyn FnMut(&FlowEntry)) -> Result<()> {
-        self.v4.visit_flows(visit)?;
-        self.v6.visit_flows(visit)
+        self.flows.visit(visit)
     }
 }

@@ -602,13 +602,24 @@ pub trait Dataplane {
         clock: FlowClock,
     ) -> Result<BTreeSet<GuardBit>> {
         let words = self.sizes().guard_words;
-        let mut used = BTreeSet::new();
-        self.visit_flows(&mut |entry| {
-            if entry.is_live(clock) {
-                let needs = entry.guard_bits(words).into_iter().flatten();
-                used.extend(needs.filter(|bit| bits.contains(bit)));
-            }
-        })?;
-        Ok(used)
+        bits_in_use(words, bits, clock, |visit| self.visit_flows(visit))
     }
+}
+
+/// Which of `bits`, in a guard of `words` words, packets of live flows still need; `visit_all`
+/// shows every flow once.
+pub fn bits_in_use(
+    words: u32,
+    bits: &BTreeSet<GuardBit>,
+    clock: FlowClock,
+    visit_all: impl FnOnce(&mut dyn FnMut(&FlowEntry)) -> Result<()>,
+) -> Result<BTreeSet<GuardBit>> {
+    let mut used = BTreeSet::new();
+    visit_all(&mut |entry| {
+        if entry.is_live(clock) {
+            let needs = entry.guard_bits(words).into_iter().flatten();
+            used.extend(needs.filter(|bit| bits.contains(bit)));
+        }
+    })?;
+    Ok(used)
 }
