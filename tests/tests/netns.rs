@@ -18,5 +18,7 @@ mod reach;
 mod refusal;
 #[path = "netns/servers.rs"]
 mod servers;
+#[path = "netns/sockets.rs"]
+mod sockets;
 #[path = "netns/stack.rs"]
 mod stack;

@@ -4,6 +4,7 @@
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd as _;
 use std::process::Output;
 use std::time::Duration;
 
@@ -214,6 +215,28 @@ impl Echo {
         Ok((stream.local_addr()?, stream.peer_addr()?))
     }
 
+    /// Sends nothing more, then reads what the server still says; it must be `text`.
+    pub fn half_close(&mut self, text: &str) -> Result<()> {
+        writeln!(self.stream.get_ref(), "{text}").context("send the last line")?;
+        self.stream
+            .get_ref()
+            .shutdown(std::net::Shutdown::Write)
+            .context("shut down")?;
+        let mut rest = String::new();
+        self.stream
+            .read_to_string(&mut rest)
+            .with_context(|| format!("read from {:?}", self.server))?;
+        if rest.trim_end_matches('\n') != text {
+            bail!("after a half close {} bytes came back", rest.len());
+        }
+        Ok(())
+    }
+
+    /// Ends the connection with a reset, so that its port is free at once.
+    pub fn abort(self) -> io::Result<()> {
+        socket2::SockRef::from(self.stream.get_ref()).set_linger(Some(Duration::ZERO))
+    }
+
     /// Sends a line and checks that it comes back.
     pub fn ping(&mut self, text: &str) -> Result<()> {
         writeln!(self.stream.get_ref(), "{text}").with_context(|| format!("send {text:?}"))?;
@@ -336,6 +359,26 @@ impl Udp {
             text: echo.to_owned(),
             from,
         })
+    }
+
+    /// Sends `text` in pieces of `size` bytes by one call (UDP_SEGMENT): one long packet until it is cut.
+    pub fn send_segments(&self, text: &str, size: u16) -> io::Result<()> {
+        let value = libc::c_int::from(size);
+        let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
+        // SAFETY: the value is an int that outlives the call, with its length.
+        let set = unsafe {
+            libc::setsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_UDP,
+                libc::UDP_SEGMENT,
+                (&raw const value).cast(),
+                length,
+            )
+        };
+        if set < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.socket.send(text.as_bytes()).map(drop)
     }
 
     /// The socket itself.

@@ -131,6 +131,17 @@ impl Service {
         self
     }
 
+    /// Adds a pod of the host's network as an endpoint: its address is the node's.
+    #[must_use]
+    pub fn host_network(mut self, node: NodeName) -> Self {
+        self.endpoints.push(Endpoint {
+            addr: node.addr(),
+            node: Some(node),
+            conditions: [true, true, false],
+        });
+        self
+    }
+
     /// Adds something that is no pod as an endpoint.
     #[must_use]
     pub fn elsewhere(mut self, addr: Dual) -> Self {

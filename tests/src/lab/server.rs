@@ -86,10 +86,15 @@ pub fn sink(namespace: &Namespace, port: u16) -> Result<Server> {
 
 /// Answers every datagram with `<id> <client address:port> <datagram>`.
 pub fn udp_echo(namespace: &Namespace, id: &str, port: u16) -> Result<Server> {
+    udp_echo_at(namespace, id, (Ipv6Addr::UNSPECIFIED, port).into())
+}
+
+/// The same at one address, which a server on a host with several needs: its answers come from there.
+pub fn udp_echo_at(namespace: &Namespace, id: &str, at: SocketAddr) -> Result<Server> {
     let id = id.to_owned();
     let socket = namespace
-        .run(|| std::net::UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)))
-        .with_context(|| format!("bind UDP port {port} in {}", namespace.name()))?;
+        .run(|| std::net::UdpSocket::bind(at))
+        .with_context(|| format!("bind UDP {at} in {}", namespace.name()))?;
     socket.set_nonblocking(true)?;
     let served = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&served);

@@ -277,3 +277,38 @@ fn terminating_endpoints_are_the_fallback() {
         assert_eq!(client.echo(to).unwrap().server(), "r2");
     }
 }
+
+/// A manifest that cannot be read changes nothing, and `status` names it; the next good one is applied.
+#[test]
+fn unreadable_manifests_keep_the_last_good_state() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder()
+        .routed("r1")
+        .routed("r2")
+        .routed("client-r")
+        .build()
+        .unwrap();
+    let _servers = serve_all(&lab);
+    let (manifests, agent) = start(&lab, &[everywhere("web").pods([lab.pod("r1")])]);
+    let client = Client::of(lab.pod("client-r").ns());
+    let to = CLUSTER_IP.addr.socket(Family::V4, CLUSTER_IP.echo);
+    std::fs::write(manifests.path(), "{\"kind\": \"List\", \"items\": [{").unwrap();
+    eventually("status names the file", SOON, || {
+        let status = agent.ask(&["status"])?;
+        let name = manifests.path().file_name().unwrap_or_default();
+        let named = status
+            .lines()
+            .filter(|line| line.contains(&*name.to_string_lossy()))
+            .count();
+        // One line is the source itself, another its problem.
+        ensure!(named > 1, "{status}");
+        Ok(())
+    });
+    assert_eq!(client.echo(to).unwrap().server(), "r1");
+    manifests
+        .write(&[everywhere("web").pods([lab.pod("r2")])])
+        .unwrap();
+    settles(client, to, &["r2"]);
+}

@@ -2,7 +2,7 @@
 
 use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::objects::{Protocol, Service};
-use svc_lb_tests::lab::{Attach, Family, Lab, NodeName, privileged};
+use svc_lb_tests::lab::{Attach, Family, Lab, NodeName, privileged, server};
 
 use crate::cluster::{
     CLUSTER_IP, ECHO, FROM_OUTSIDE, FROM_PODS, Frontend, HTTP, NODE_PORT, Source, cluster_ip,
@@ -56,6 +56,8 @@ fn outside_clients_reach_local_backends() {
     for frontend in FROM_OUTSIDE {
         for family in Family::BOTH {
             reaches(Source::outside(&lab, 0), frontend, family, &["r1", "b1"]);
+            // A pod of another node is an outside client to this one.
+            reaches(Source::pod(&lab, "far"), frontend, family, &["r1", "b1"]);
         }
     }
 }
@@ -137,8 +139,8 @@ fn named_ports_lead_to_their_own_targets() {
         .unwrap();
     let pod = lab.pod("r1");
     let _servers = [
-        svc_lb_tests::lab::server::http(pod.ns(), "first", 8001).unwrap(),
-        svc_lb_tests::lab::server::http(pod.ns(), "second", 8002).unwrap(),
+        server::http(pod.ns(), "first", 8001).unwrap(),
+        server::http(pod.ns(), "second", 8002).unwrap(),
     ];
     let service = Service::new("ports", cluster_ip(1))
         .port("one", Protocol::Tcp, 80, 8001)
@@ -226,9 +228,9 @@ fn endpoints_outside_the_cluster() {
         .unwrap();
     let legacy = lab.machine("legacy");
     let _servers = [
-        svc_lb_tests::lab::server::http(legacy.ns(), "legacy", HTTP).unwrap(),
-        svc_lb_tests::lab::server::tcp_echo(legacy.ns(), "legacy", ECHO).unwrap(),
-        svc_lb_tests::lab::server::udp_echo(legacy.ns(), "legacy", crate::cluster::UDP).unwrap(),
+        server::http(legacy.ns(), "legacy", HTTP).unwrap(),
+        server::tcp_echo(legacy.ns(), "legacy", ECHO).unwrap(),
+        server::udp_echo(legacy.ns(), "legacy", crate::cluster::UDP).unwrap(),
     ];
     let (_manifests, _agent) = start(&lab, &[inside("legacy", 80).elsewhere(addr)]);
     for source in ["client-r", "client-b"] {
@@ -238,6 +240,38 @@ fn endpoints_outside_the_cluster() {
                 ..CLUSTER_IP
             };
             reaches(Source::pod(&lab, source), frontend, family, &["legacy"]);
+        }
+    }
+}
+
+/// C6's third kind of pod: backends of the hosts' own network, on this node and on another one.
+#[test]
+fn backends_of_the_host_network() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = [(lab.node_a(), NodeName::A), (lab.node_b(), NodeName::B)].map(|(ns, node)| {
+        let [v4, v6] = Family::BOTH.map(|family| {
+            let at = node.addr().socket(family, crate::cluster::UDP);
+            server::udp_echo_at(ns, node.as_str(), at).unwrap()
+        });
+        let tcp = server::tcp_echo(ns, node.as_str(), ECHO).unwrap();
+        [v4, v6, tcp]
+    });
+    let service = everywhere("web")
+        .host_network(NodeName::A)
+        .host_network(NodeName::B);
+    let (_manifests, _agent) = start(&lab, &[service]);
+    for family in Family::BOTH {
+        for source in ["client-r", "client-b"] {
+            for frontend in FROM_PODS {
+                let source = Source::pod(&lab, source);
+                reaches(source, frontend, family, &["node-a", "node-b"]);
+            }
+        }
+        for frontend in FROM_OUTSIDE {
+            reaches(Source::outside(&lab, 0), frontend, family, &["node-a"]);
         }
     }
 }

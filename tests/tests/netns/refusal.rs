@@ -11,7 +11,7 @@ use svc_lb_tests::lab::{Family, Lab, privileged};
 
 use crate::cluster::{
     CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, Frontend, NODE_PORT, Source, cluster_ip, everywhere,
-    reaches, serve_all, start,
+    reaches, serve_all, start, start_with,
 };
 
 /// Far below any timeout.
@@ -98,6 +98,23 @@ fn no_endpoint_is_refused() {
                 refused(Client::of(lab.pod(source).ns()), tcp, udp);
             }
         }
+        for frontend in FROM_OUTSIDE {
+            let (tcp, udp) = ports(frontend, family);
+            refused(Client::of(lab.client(0).ns()), tcp, udp);
+        }
+    }
+}
+
+/// E1 by the XDP program: outside clients are refused just so.
+#[test]
+fn no_endpoint_is_refused_by_xdp() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let services = [everywhere("empty")];
+    let (_manifests, _agent) = start_with(&lab, &services, |config| config.xdp("generic"));
+    for family in Family::BOTH {
         for frontend in FROM_OUTSIDE {
             let (tcp, udp) = ports(frontend, family);
             refused(Client::of(lab.client(0).ns()), tcp, udp);
