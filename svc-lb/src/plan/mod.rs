@@ -54,7 +54,7 @@ struct Named {
     index: Option<u32>,
     /// What it has claimed, sorted.
     claims: Vec<(FrontendAt, u8)>,
-    refusal: Option<Refusal>,
+    refusal: Option<Box<Refusal>>,
 }
 
 /// What becomes free when a grace period is over.
@@ -239,8 +239,10 @@ impl Planner {
         }
         self.plan_unclaimed(&mut draft);
         self.plan_frontends(&mut draft);
-        let bits = self.guard.to_set().iter().copied().map(Op::SetGuard);
-        draft.extend(Phase::Guard, bits);
+        let bits: Vec<_> = self.guard.to_set().iter().copied().collect();
+        if !bits.is_empty() {
+            draft.push(Phase::Guard, Op::SetGuard(bits));
+        }
         draft.finish()
     }
 
@@ -347,7 +349,7 @@ impl Planner {
         let ports = self
             .refused
             .iter()
-            .filter_map(|key| self.named.get(key)?.refusal.clone());
+            .filter_map(|key| self.named.get(key)?.refusal.as_deref().cloned());
         let mut refusals: Vec<_> = ports
             .chain(self.frontends.conflicts())
             .chain(nodes)
@@ -469,7 +471,7 @@ impl Planner {
                 if let Some(index) = index {
                     self.plan_rest(key, index, &desired, draft);
                 }
-                Some(shortage.of(key))
+                Some(Box::new(shortage.of(key)))
             }
         };
         if refusal.is_some() {
@@ -784,7 +786,11 @@ impl Planner {
 
     fn commit_op(&mut self, op: &Op) {
         match op {
-            Op::SetGuard(bit) => self.guard.was_set(*bit),
+            Op::SetGuard(bits) => {
+                for bit in bits {
+                    self.guard.was_set(*bit);
+                }
+            }
             Op::PutBackend { record, .. } | Op::SetBits { record, .. } => {
                 if let Some(held) = self.held_mut(record.service, record.address) {
                     held.element = Element::Bits(record.bits);
@@ -948,7 +954,7 @@ pub fn apply(planner: &mut Planner, dataplane: &mut impl Dataplane) -> Result<us
             planner.fail(batch);
             return Err(ApplyError {
                 phase: batch.phase,
-                writes: batch.ops.len(),
+                writes: batch.len(),
                 source,
             });
         }

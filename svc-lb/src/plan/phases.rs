@@ -71,8 +71,8 @@ impl Phase {
 /// One write.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Op {
-    /// Sets a guard bit.
-    SetGuard(GuardBit),
+    /// Sets guard bits.
+    SetGuard(Vec<GuardBit>),
     /// Fills in a backend that nothing names yet.
     PutBackend {
         /// Its table.
@@ -164,6 +164,30 @@ pub struct Batch {
     pub ops: Vec<Op>,
 }
 
+impl Batch {
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// Number of writes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        let writes = |op: &Op| match op {
+            Op::SetGuard(bits) => bits.len(),
+            Op::FillSlots { ids, .. } => ids.len(),
+            Op::PutBackend { .. }
+            | Op::SetBits { .. }
+            | Op::Retire { .. }
+            | Op::StoreService { .. }
+            | Op::PutFrontend { .. }
+            | Op::DeleteFrontend(_) => 1,
+        };
+        self.ops.iter().map(writes).sum()
+    }
+}
+
 /// Everything that is to be written now: [`Planner::plan`](super::Planner::plan) makes it.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Plan {
@@ -181,7 +205,7 @@ impl Plan {
     /// Number of writes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.batches.iter().map(|batch| batch.ops.len()).sum()
+        self.batches.iter().map(Batch::len).sum()
     }
 }
 
@@ -247,10 +271,13 @@ pub(super) fn service_words(
     }
 }
 
-/// Writes that go to the store in one call, in the order they were given.
+/// Writes that go to the store in one call each.
+const CALL: usize = 4_096;
+
+/// Writes collected for a call, in the order they were given.
 #[derive(Default)]
 struct Calls {
-    guard: Vec<GuardBit>,
+    writes: usize,
     backends: PerFamily<Vec<(u32, BackendRecord)>>,
     metas: PerFamily<Vec<(u32, u64)>>,
     frontends: PerFamily<Vec<(FrontendAt, FrontendValue)>>,
@@ -265,7 +292,7 @@ pub fn execute(batch: &Batch, dataplane: &mut impl Dataplane) -> Result<()> {
     let mut calls = Calls::default();
     for op in &batch.ops {
         match op {
-            Op::SetGuard(bit) => calls.guard.push(*bit),
+            Op::SetGuard(bits) => dataplane.set_guard(bits)?,
             Op::PutBackend { family, id, record } => {
                 calls.backends.of_mut(*family).push((*id, *record));
             }
@@ -283,15 +310,16 @@ pub fn execute(batch: &Batch, dataplane: &mut impl Dataplane) -> Result<()> {
             }
             Op::DeleteFrontend(at) => calls.removals.of_mut(at.family()).push(*at),
         }
+        calls.writes += 1;
+        if calls.writes == CALL {
+            std::mem::take(&mut calls).run(dataplane)?;
+        }
     }
     calls.run(dataplane)
 }
 
 impl Calls {
     fn run(&self, dataplane: &mut impl Dataplane) -> Result<()> {
-        if !self.guard.is_empty() {
-            dataplane.set_guard(&self.guard)?;
-        }
         for family in FAMILIES {
             let backends = self.backends.of(family);
             if !backends.is_empty() {

@@ -3,7 +3,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use proptest::prelude::*;
 use proptest::sample::select;
-use svc_lb_common::backend::GONE;
+use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL};
 use svc_lb_common::guard::{BACKEND, FRONTEND, NODE};
 use svc_lb_common::service::flag;
 
@@ -154,13 +154,18 @@ fn read_one(memory: &Memory, at: &FrontendAt, index: u32, kind: u8) -> Found {
         GuardBit::address(at.address, FRONTEND, words)
     };
     assert!(memory.guarded(bit), "the guard hides {at:?}");
-    let set = |range: Range| -> BTreeSet<SocketAddr> {
+    let set = |range: Range, member: u32| -> BTreeSet<SocketAddr> {
         (range.start()..range.start() + range.length())
             .map(|position| {
                 let id = memory.slot(position);
                 let backend = memory.backend(at.family(), id);
                 let backend = backend.unwrap_or_else(|| panic!("{at:?} names unset id {id}"));
                 assert_eq!(backend.bits & GONE, 0, "{at:?} names gone id {id}");
+                assert_ne!(
+                    backend.bits & member,
+                    0,
+                    "{at:?}: id {id} is not in the set"
+                );
                 assert_eq!(
                     backend.service, index,
                     "{at:?} names another service's id {id}"
@@ -171,7 +176,8 @@ fn read_one(memory: &Memory, at: &FrontendAt, index: u32, kind: u8) -> Found {
             })
             .collect()
     };
-    let (cluster, local) = (set(service.cluster), set(service.local));
+    let cluster = set(service.cluster, IN_CLUSTER);
+    let local = set(service.local, IN_LOCAL);
     let policy = if kind == kind::CLUSTER_IP {
         flag::INTERNAL_LOCAL
     } else {
@@ -487,6 +493,11 @@ fn settle(
     restarted.finish();
     assert_eq!(restarted.names(), planner.names());
     assert_eq!(restarted.refusals(), planner.refusals());
+    assert_eq!(
+        restarted.table_uses(),
+        planner.table_uses(),
+        "nothing leaks"
+    );
 }
 
 fn restart(snapshot: &Snapshot, wanted: &Wanted, nodes: &BTreeSet<IpAddr>) -> Planner {
