@@ -1,3 +1,5 @@
+//! Readers watched at every single write, in random histories with faults, crashes and restarts.
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
