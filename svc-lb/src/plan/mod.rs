@@ -1,11 +1,12 @@
 //! Diffs what is desired against what is programmed, and gives ids.
 //!
 //! Pure and deterministic: knows neither aya nor kube, and writes through [`Dataplane`] only. Per
-//! service port the [`Planner`] keeps the service index, the backends' ids, the slot ranges, and what is known to be in the maps.
-//! [`apply`] makes a [`Plan`] of what changed, does its phases and tells the planner after each;
-//! a phase that fails leaves the rest pending, and what it may have done is known to be unknown,
-//! so that the next plan makes it certain. [`reclaim`] waits out a grace period and gives the
-//! numbers back that left. [`sweep`] clears guard bits behind which nothing lives any more.
+//! service port the [`Planner`] keeps the service index, the backends' ids, the slot ranges, and
+//! what is known to be in the maps. [`apply`] makes a [`Plan`] of what changed, does its phases
+//! and tells the planner after each; a phase that fails leaves the rest pending, and what it may
+//! have done is known to be unknown, so that the next plan makes it certain. [`reclaim`] waits out
+//! a grace period and gives the numbers back that left. [`sweep`] clears guard bits behind which
+//! nothing lives any more.
 //!
 //! The cost of a plan follows the change: a service that nothing was said about is not looked at.
 
