@@ -10,8 +10,11 @@
     reason = "a harness: whatever goes wrong is a failed test and panics with its reason"
 )]
 
+pub mod differential;
 pub mod frame;
 pub mod network;
+pub mod random;
+pub mod reference;
 pub mod rig;
 pub mod tables;
 

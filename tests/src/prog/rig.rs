@@ -5,7 +5,7 @@ use std::fmt;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use aya::maps::{Array, Map, MapData, PerCpuArray, PerCpuValues};
+use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use svc_lb::compile::desired::DesiredPort;
@@ -260,29 +260,23 @@ impl Rig {
     }
 
     /// Sets the tokens in the CPUs' buckets of generated packets.
-    pub fn set_tokens(&mut self, tokens: u32) {
+    ///
+    /// False, and nothing is changed, while no packet was generated yet: what was never used counts as idle for long,
+    /// so as full.
+    pub fn set_tokens(&mut self, tokens: u32) -> bool {
         let map = self.ebpf.map_mut(name::BUCKET).expect("the map is there");
         let mut buckets: PerCpuArray<_, [u64; 2]> = map.try_into().expect("a per-CPU array");
         let mut values = buckets.get(&0, 0).expect("buckets are read").to_vec();
-        // Refilled never, or now; a bucket that was never used would be taken for one long idle.
-        let now = values.iter().map(|[filled, _]| *filled).max().unwrap_or(0);
+        let latest = values.iter().map(|[filled, _]| *filled).max().unwrap_or(0);
+        if latest == 0 {
+            return false;
+        }
         for value in &mut values {
-            *value = [now, u64::from(tokens) * u64::from(self.config.hz)];
+            *value = [latest, u64::from(tokens) * u64::from(self.config.hz)];
         }
         let values = PerCpuValues::try_from(values).expect("as many as CPUs");
         buckets.set(0, values, 0).expect("buckets are written");
-    }
-
-    /// Pins of ClientIP affinity: client and service, backend id and time.
-    #[must_use]
-    pub fn pins4(&mut self) -> Vec<(AffinityKey<Addr4>, Affinity)> {
-        let map = self
-            .ebpf
-            .map_mut(name::AFFINITY[0])
-            .expect("the map is there");
-        let map: aya::maps::HashMap<_, AffinityKey<Addr4>, Affinity> =
-            map.try_into().expect("a hash");
-        map.iter().map(|pin| pin.expect("a pin")).collect()
+        true
     }
 
     /// Changes all pins of a family's clients by `change`.
@@ -295,16 +289,6 @@ impl Rig {
                 change_all::<AffinityKey<Addr6>>(map, &change);
             }
         }
-    }
-
-    /// Positions of `guard_direct` that are set.
-    #[must_use]
-    pub fn direct(&self) -> Vec<u32> {
-        let map = self.ebpf.map(name::GUARD_DIRECT).expect("the map is there");
-        let array: Array<_, u64> = map.try_into().expect("an array");
-        (0..array.len())
-            .filter(|index| array.get(index, 0).expect("it is read") != 0)
-            .collect()
     }
 }
 

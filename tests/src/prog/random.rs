@@ -1,0 +1,600 @@
+//! Random services and random packets, made to meet: few addresses, few ports, all kinds of both.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use fastrand::Rng;
+use svc_lb::compile::desired::{Backend, DesiredPort, FrontendKind};
+use svc_lb_common::config::{
+    Config, DROP_UNALLOCATED, OUTSIDE_LOCAL, REJECT_NO_LOCAL, REJECT_UNDEFINED_PORT,
+};
+use svc_lb_common::outcome::Hook;
+use svc_lb_common::{Addr4, Addr6, Family, Protocol};
+
+use super::frame::{ETHERNET, Frame, Part, QINQ, Transport, VLAN, flags, next, word};
+use super::network::{NEIGHBOURS, Network, UNKNOWN_NEIGHBOURS};
+use super::rig::{Setup, Verdict};
+use super::tables::{Describe as _, port};
+
+/// Services there may be at once.
+pub const SERVICES: usize = 10;
+/// Exchanges that go on at once.
+const EXCHANGES: usize = 64;
+
+/// Something to send.
+#[derive(Clone, Debug)]
+pub struct Packet {
+    /// Where it is met.
+    pub hook: Hook,
+    /// At which interface.
+    pub interface: u32,
+    /// The frame's bytes.
+    pub bytes: Vec<u8>,
+    /// What it was before it was damaged; an exchange goes on only from what was not.
+    frame: Option<Frame>,
+}
+
+/// Makes packets, and answers to what became of them.
+#[derive(Debug)]
+pub struct Traffic {
+    network: Network,
+    exchanges: Vec<Exchange>,
+}
+
+/// What a client sent, and what its backend saw of it.
+#[derive(Clone, Debug)]
+struct Exchange {
+    hook: Hook,
+    interface: u32,
+    sent: Frame,
+    /// None until it was translated.
+    seen: Option<Frame>,
+}
+
+/// A family's addresses by the role they have.
+#[derive(Clone, Copy, Debug)]
+enum Role {
+    Pod,
+    Outside,
+    Service,
+    External,
+    Node,
+    Strange,
+}
+
+/// Settings of one run: what a node may be told, in all combinations, and few source ports to run out of.
+#[must_use]
+pub fn setup(rng: &mut Rng) -> Setup {
+    let plain = Setup::default();
+    let mut bits = 0;
+    for bit in [REJECT_UNDEFINED_PORT, DROP_UNALLOCATED] {
+        bits |= if rng.u8(..4) > 0 { bit } else { 0 };
+    }
+    for bit in [REJECT_NO_LOCAL, OUTSIDE_LOCAL] {
+        bits |= if rng.u8(..3) == 0 { bit } else { 0 };
+    }
+    let mut config = Config {
+        bits,
+        seed: rng.u64(..),
+        snat_first: 61_000,
+        snat_last: 61_000 + rng.u16(..6),
+        ..plain.config
+    };
+    if rng.u8(..3) == 0 {
+        config.service_mask4 = Addr4(0);
+        config.service_mask6 = Addr6([0; 4]);
+    }
+    Setup { config, ..plain }
+}
+
+/// The node's addresses that serve NodePorts.
+#[must_use]
+pub fn node_addresses() -> Vec<IpAddr> {
+    [Family::V4, Family::V6]
+        .into_iter()
+        .flat_map(|family| (0..2).map(move |n| address(family, Role::Node, n)))
+        .collect()
+}
+
+/// The port of one service, or none: then the service is gone.
+#[must_use]
+pub fn service(rng: &mut Rng, number: usize) -> Option<DesiredPort> {
+    if rng.u8(..8) == 0 {
+        return None;
+    }
+    let n = u8::try_from(number).expect("few services");
+    let (family, protocol) = kind_of(n);
+    let mut described = port(&format!("s{n}"), protocol, family);
+    // Frontends are each service's own, or the planner would refuse one of two; addresses are shared.
+    let service_port = 80 + u16::from(n);
+    let at = |role, host| SocketAddr::new(address(family, role, host), service_port);
+    if rng.u8(..8) > 0 {
+        described = described.cluster_ip(at(Role::Service, n % 4));
+    }
+    if rng.bool() {
+        described = described.node_port(30_080 + u16::from(n));
+    }
+    if rng.bool() {
+        described = described.frontend(FrontendKind::LoadBalancer, at(Role::External, n % 3));
+    }
+    if rng.bool() {
+        described = described.frontend(FrontendKind::ExternalIp, at(Role::External, 3 + n % 3));
+    }
+    described.internal_local = rng.u8(..4) == 0;
+    described.external_local = rng.u8(..3) == 0;
+    described.affinity_seconds = (rng.u8(..3) == 0).then_some(10);
+    let all_at_once = rng.u8(..6) == 0;
+    for host in 0..8 {
+        if all_at_once || rng.u8(..3) > 0 {
+            continue;
+        }
+        let at = SocketAddr::new(address(family, Role::Pod, host), 8_080 + rng.u16(..2));
+        let serving = rng.u8(..8) > 0;
+        let local = rng.u8(..3) == 0;
+        described.backends.push(Backend {
+            address: at,
+            in_cluster: serving && rng.u8(..8) > 0,
+            in_local: serving && local,
+            serving,
+            local,
+        });
+    }
+    described.has_any = !described.backends.is_empty() || rng.u8(..4) == 0;
+    Some(described)
+}
+
+/// A service's family and protocol, which it keeps.
+const fn kind_of(service: u8) -> (Family, Protocol) {
+    let family = if service % 3 == 2 {
+        Family::V6
+    } else {
+        Family::V4
+    };
+    let protocol = if service % 2 == 0 {
+        Protocol::Tcp
+    } else {
+        Protocol::Udp
+    };
+    (family, protocol)
+}
+
+fn address(family: Family, role: Role, n: u8) -> IpAddr {
+    let behind_bridge = || {
+        let known = NEIGHBOURS.into_iter().map(|(address, _)| address);
+        known
+            .chain(UNKNOWN_NEIGHBOURS)
+            .filter(move |address| Family::of(*address) == family)
+    };
+    match (role, n) {
+        (Role::Pod, 5..8) => behind_bridge()
+            .nth(usize::from(n - 5))
+            .expect("three of each family"),
+        _ => {
+            let (third, low) = match role {
+                Role::Pod => (1, 10 + n),
+                Role::Outside => (2, 20 + n),
+                Role::Service => (3, 30 + n),
+                Role::External => (4, 40 + n),
+                Role::Node => (5, 50 + n),
+                Role::Strange => (6, 60 + n),
+            };
+            match (family, role) {
+                (Family::V4, Role::Service) => Ipv4Addr::new(10, 96, 0, low).into(),
+                (Family::V4, _) => Ipv4Addr::new(172, 16, third, low).into(),
+                (Family::V6, Role::Service) => {
+                    Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, low.into()).into()
+                }
+                (Family::V6, _) => {
+                    Ipv6Addr::new(0x2001, 0xdb8, third.into(), 0, 0, 0, 0, low.into()).into()
+                }
+            }
+        }
+    }
+}
+
+/// Sources that stand for no single host.
+fn nobody(rng: &mut Rng, family: Family) -> IpAddr {
+    match family {
+        Family::V4 => rng
+            .choice([
+                Ipv4Addr::UNSPECIFIED,
+                Ipv4Addr::LOCALHOST,
+                Ipv4Addr::BROADCAST,
+                Ipv4Addr::new(224, 0, 0, 5),
+                Ipv4Addr::new(240, 0, 0, 5),
+            ])
+            .map(IpAddr::from),
+        Family::V6 => rng
+            .choice([
+                Ipv6Addr::UNSPECIFIED,
+                Ipv6Addr::LOCALHOST,
+                Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1),
+            ])
+            .map(IpAddr::from),
+    }
+    .expect("there are some")
+}
+
+impl Traffic {
+    /// Nobody has sent anything yet.
+    #[must_use]
+    pub const fn new(network: Network) -> Self {
+        Self {
+            network,
+            exchanges: Vec::new(),
+        }
+    }
+
+    /// The next packet.
+    pub fn next(&mut self, rng: &mut Rng) -> Packet {
+        let mut packet = match rng.u8(..100) {
+            0..50 if !self.exchanges.is_empty() => self.go_on(rng),
+            0..82 => self.begin(rng),
+            82..91 => self.leave(rng),
+            _ => self.direct(rng),
+        };
+        if rng.u8(..12) == 0 {
+            decorate(rng, &mut packet);
+        }
+        if rng.u8(..25) == 0 {
+            damage(rng, &mut packet);
+        }
+        packet
+    }
+
+    /// What became of a packet.
+    pub fn came_of(
+        &mut self,
+        rng: &mut Rng,
+        packet: &Packet,
+        verdict: Verdict,
+        bytes: Option<&[u8]>,
+    ) {
+        let (Some(sent), Some(bytes)) = (&packet.frame, bytes) else {
+            return;
+        };
+        if packet.hook == Hook::TcEgress || verdict == Verdict::Dropped {
+            return;
+        }
+        let Some(seen) = Frame::parse(bytes) else {
+            return;
+        };
+        let seen =
+            (seen.source != sent.source || seen.destination != sent.destination).then_some(seen);
+        let exchange = Exchange {
+            hook: packet.hook,
+            interface: packet.interface,
+            sent: sent.clone(),
+            seen,
+        };
+        let same = |other: &&mut Exchange| {
+            (other.sent.source, other.sent.destination) == (sent.source, sent.destination)
+        };
+        if let Some(known) = self.exchanges.iter_mut().find(same) {
+            *known = exchange;
+        } else if self.exchanges.len() < EXCHANGES {
+            self.exchanges.push(exchange);
+        } else {
+            let place = rng.usize(..EXCHANGES);
+            self.exchanges[place] = exchange;
+        }
+    }
+
+    /// A client's packet to a frontend, or near one.
+    fn begin(&self, rng: &mut Rng) -> Packet {
+        let n = rng.u8(..u8::try_from(SERVICES).expect("few services"));
+        let (family, protocol) = if rng.u8(..8) > 0 {
+            kind_of(n)
+        } else {
+            (family(rng), protocol(rng))
+        };
+        let role = rng.choice([
+            Role::Service,
+            Role::Service,
+            Role::External,
+            Role::External,
+            Role::Node,
+            Role::Node,
+            Role::Strange,
+        ]);
+        let role = role.expect("there are roles");
+        let (host, mut port) = match role {
+            Role::Service => (n % 4, 80 + u16::from(n)),
+            Role::External => (n % 3 + 3 * rng.u8(..2), 80 + u16::from(n)),
+            Role::Node => (rng.u8(..2), 30_080 + u16::from(n)),
+            Role::Pod | Role::Outside | Role::Strange => (rng.u8(..40), 80),
+        };
+        let host = if rng.u8(..20) == 0 { rng.u8(..8) } else { host };
+        if rng.u8(..20) == 0 {
+            port = rng.choice([22, 80, 81, 30_085, 61_001]).expect("a port");
+        }
+        let destination = SocketAddr::new(address(family, role, host), port);
+        let source = self.client(rng, family);
+        self.send(rng, source, destination, protocol)
+    }
+
+    /// A client's packet straight to a pod.
+    fn direct(&self, rng: &mut Rng) -> Packet {
+        let family = family(rng);
+        let host = address(family, Role::Pod, rng.u8(..8));
+        let destination = SocketAddr::new(host, 8_080 + rng.u16(..2));
+        let source = match rng.u8(..3) {
+            // As a client of a service has it.
+            0 => self
+                .exchanges
+                .get(rng.usize(..EXCHANGES))
+                .and_then(|exchange| exchange.seen.as_ref())
+                .filter(|seen| seen.family() == family)
+                .map_or_else(|| self.client(rng, family), |seen| seen.source),
+            _ => self.client(rng, family),
+        };
+        let protocol = protocol(rng);
+        self.send(rng, source, destination, protocol)
+    }
+
+    fn client(&self, rng: &mut Rng, family: Family) -> SocketAddr {
+        let ip = match rng.u8(..16) {
+            0..9 => address(family, Role::Pod, rng.u8(..8)),
+            9..15 => address(family, Role::Outside, rng.u8(..3)),
+            _ => nobody(rng, family),
+        };
+        let ports = [40_000, 40_000, 40_000, 40_000, 40_001, 8_080, 61_000];
+        SocketAddr::new(ip, rng.choice(ports).expect("a port"))
+    }
+
+    fn send(
+        &self,
+        rng: &mut Rng,
+        source: SocketAddr,
+        destination: SocketAddr,
+        protocol: Protocol,
+    ) -> Packet {
+        let transport = match protocol {
+            _ if rng.u8(..40) == 0 => Transport::Other(rng.choice([1, 58, 132, 47]).expect("one")),
+            Protocol::Tcp => Transport::Tcp {
+                flags: if rng.bool() {
+                    flags::SYN
+                } else {
+                    tcp_flags(rng)
+                },
+            },
+            Protocol::Udp | Protocol::Sctp => Transport::Udp {
+                checksum: rng.u8(..8) > 0,
+            },
+        };
+        let mut frame = Frame::new(source, destination, transport);
+        frame.payload = payload(rng);
+        let (hook, interface) = self.entrance(rng, source.ip());
+        Packet {
+            hook,
+            interface,
+            bytes: frame.to_bytes(),
+            frame: Some(frame),
+        }
+    }
+
+    /// Where packets of that source come in.
+    fn entrance(&self, rng: &mut Rng, source: IpAddr) -> (Hook, u32) {
+        let Network {
+            uplink,
+            xdp_uplink,
+            pod,
+            other_pod,
+            bridged_pod,
+            stranger,
+            bridge: _,
+        } = self.network;
+        let last = *super::frame::octets(source).last().expect("an address");
+        let usual = match last {
+            10..14 => (Hook::TcIngress, pod),
+            14 => (Hook::TcIngress, other_pod),
+            129.. => (Hook::TcIngress, bridged_pod),
+            20 => (Hook::XdpIngress, xdp_uplink),
+            21 => (Hook::TcIngress, xdp_uplink),
+            _ => (Hook::TcIngress, uplink),
+        };
+        if rng.u8(..12) > 0 {
+            return usual;
+        }
+        let hook = if rng.bool() {
+            Hook::TcIngress
+        } else {
+            Hook::XdpIngress
+        };
+        let interface = rng.choice([uplink, xdp_uplink, pod, other_pod, bridged_pod, stranger]);
+        (hook, interface.expect("an interface"))
+    }
+
+    /// A packet of an exchange: the client's next, or an answer to what its backend saw.
+    fn go_on(&self, rng: &mut Rng) -> Packet {
+        let exchange = rng.choice(&self.exchanges).expect("there are some");
+        let Exchange {
+            hook,
+            interface,
+            sent,
+            seen,
+        } = exchange;
+        let flags = tcp_flags(rng);
+        let (hook, interface, frame) = match seen {
+            Some(seen) if rng.bool() => {
+                let hairpin = seen.source.ip() == sent.destination.ip();
+                let mut answer = seen.answer(match rng.u8(..4) {
+                    0 => flags,
+                    _ => flags::SYN | flags::ACK,
+                });
+                answer.hops = hops(rng);
+                if hairpin {
+                    (*hook, *interface, answer)
+                } else {
+                    let leaves = [self.network.uplink, self.network.pod, *interface];
+                    (
+                        Hook::TcEgress,
+                        rng.choice(leaves).expect("an interface"),
+                        answer,
+                    )
+                }
+            }
+            _ => {
+                let mut again = match sent.transport {
+                    Transport::Tcp { .. } => sent.with_flags(flags),
+                    Transport::Udp { .. } | Transport::Other(_) => sent.clone(),
+                };
+                again.hops = hops(rng);
+                again.payload = payload(rng);
+                (*hook, *interface, again)
+            }
+        };
+        Packet {
+            hook,
+            interface,
+            bytes: frame.to_bytes(),
+            frame: Some(frame),
+        }
+    }
+
+    /// A packet on its way out that answers nothing we know of.
+    fn leave(&self, rng: &mut Rng) -> Packet {
+        let family = family(rng);
+        let source = SocketAddr::new(
+            address(family, Role::Pod, rng.u8(..8)),
+            8_080 + rng.u16(..2),
+        );
+        let role = rng.choice([
+            Role::Service,
+            Role::Service,
+            Role::External,
+            Role::Outside,
+            Role::Pod,
+        ]);
+        let to = address(family, role.expect("a role"), rng.u8(..8));
+        let port = rng.choice([80, 82, 40_000, 61_000]).expect("a port");
+        let protocol = protocol(rng);
+        let mut packet = self.send(rng, source, SocketAddr::new(to, port), protocol);
+        packet.hook = Hook::TcEgress;
+        if rng.bool() {
+            packet.interface = self.network.uplink;
+        }
+        packet
+    }
+}
+
+fn family(rng: &mut Rng) -> Family {
+    if rng.u8(..3) == 0 {
+        Family::V6
+    } else {
+        Family::V4
+    }
+}
+
+fn protocol(rng: &mut Rng) -> Protocol {
+    if rng.bool() {
+        Protocol::Tcp
+    } else {
+        Protocol::Udp
+    }
+}
+
+fn hops(rng: &mut Rng) -> u8 {
+    rng.choice([0, 1, 2, 63, 64, 255, 63, 64])
+        .expect("a number")
+}
+
+fn payload(rng: &mut Rng) -> Vec<u8> {
+    let length = rng.choice([0, 1, 2, 3, 8, 33, 90]).expect("a length");
+    std::iter::repeat_with(|| rng.u8(..)).take(length).collect()
+}
+
+fn tcp_flags(rng: &mut Rng) -> u8 {
+    const USUAL: [u8; 12] = [
+        flags::SYN,
+        flags::SYN,
+        flags::SYN,
+        flags::ACK,
+        flags::ACK,
+        flags::ACK | flags::PSH,
+        flags::SYN | flags::ACK,
+        flags::FIN | flags::ACK,
+        flags::FIN | flags::ACK,
+        flags::FIN,
+        flags::RST,
+        flags::SYN | flags::PSH,
+    ];
+    match rng.u8(..20) {
+        0 => rng.u8(..),
+        _ => rng.choice(USUAL).expect("flags"),
+    }
+}
+
+/// Adds what may stand around the ports.
+fn decorate(rng: &mut Rng, packet: &mut Packet) {
+    let Some(frame) = &mut packet.frame else {
+        return;
+    };
+    match rng.u8(..7) {
+        0 => {
+            frame.tags = (0..rng.u8(1..4))
+                .map(|_| (if rng.bool() { VLAN } else { QINQ }, rng.u16(..)))
+                .collect();
+        }
+        1 | 2 => match frame.family() {
+            Family::V4 => frame.options = vec![1; 4 * rng.usize(1..11)],
+            Family::V6 => frame.extensions = extensions(rng),
+        },
+        3 => {
+            frame.part = Some(Part {
+                offset: rng.choice([0, 0, 1, 185]).expect("an offset"),
+                more: rng.bool(),
+            });
+        }
+        4 => {
+            frame.macs[0] = rng
+                .choice([[0xff; 6], [1, 0, 0x5e, 0, 0, 1]])
+                .expect("a group")
+        }
+        5 => frame.padding = rng.usize(1..20),
+        _ => frame.hops = hops(rng),
+    }
+    packet.bytes = frame.to_bytes();
+}
+
+fn extensions(rng: &mut Rng) -> Vec<(u8, Vec<u8>)> {
+    let long = rng.u8(..8) == 0;
+    (0..rng.u8(1..8))
+        .map(|_| {
+            let kinds = [
+                next::HOP_BY_HOP,
+                next::ROUTING,
+                next::DESTINATION,
+                next::AUTHENTICATION,
+            ];
+            let kind = rng.choice(kinds).expect("a kind");
+            // Chains end well before or well behind the last byte that is read.
+            let units = if long { 32 } else { rng.usize(..4) };
+            (kind, vec![0; 6 + 8 * units])
+        })
+        .collect()
+}
+
+/// Damages a packet: cut off, overwritten, or noise.
+fn damage(rng: &mut Rng, packet: &mut Packet) {
+    packet.frame = None;
+    let length = packet.bytes.len();
+    match rng.u8(..8) {
+        0..3 => packet.bytes.truncate(rng.usize(14..=length)),
+        3..7 => {
+            for _ in 0..rng.usize(1..4) {
+                let at = rng.usize(..length.min(80));
+                packet.bytes[at] = rng.u8(..);
+            }
+        }
+        _ => rng.fill(&mut packet.bytes[12..]),
+    }
+    // The kernel does not test-run skbs that end within their IP header, unless a tag hides it.
+    let header = match word(&packet.bytes, 12) {
+        Some(0x0800) => 20,
+        Some(0x86dd) => 40,
+        _ => 0,
+    };
+    if packet.bytes.len() < ETHERNET + header {
+        packet.hook = Hook::XdpIngress;
+    }
+}

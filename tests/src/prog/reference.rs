@@ -1,0 +1,1166 @@
+//! The dataplane in plain Rust: what a packet must see, written from the rules and not from the programs.
+//!
+//! A flow is one [`Connection`] here, found by what its client sends and by what its backend answers; the programs keep
+//! two map entries that must always say the same. Headers are read and changed in a byte slice; checksums are kept right
+//! by arithmetic modulo 65,535, so that a frame that came with a wrong one leaves with one as wrong.
+//!
+//! Shared with the programs are only the records of the tables and the hashes that select: what they are for is that both
+//! sides agree. Evictions and clocks are left out; who uses this keeps the maps large, and says when pins have aged and
+//! how many packets may still be generated.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use svc_lb::dataplane::{BackendRecord, FrontendAt, FrontendValue, GuardBit, Snapshot};
+use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL, SERVING};
+use svc_lb_common::config::{
+    Config, DROP_UNALLOCATED, OUTSIDE_LOCAL, REJECT_NO_LOCAL, REJECT_UNDEFINED_PORT,
+};
+use svc_lb_common::edge::{self, Edge};
+use svc_lb_common::guard::{self, BACKEND, FRONTEND, NODE};
+use svc_lb_common::hash::{M1, flow_hash, mix, scale};
+use svc_lb_common::outcome::{Event, Fate, Hook, Outcome};
+use svc_lb_common::service::{Service, flag, kind};
+use svc_lb_common::{Addr4, Addr6, Be16, Family, Protocol};
+
+use super::frame::{ETHERNET, QINQ, VLAN, flags, next, octets, pseudo_sum, word};
+use super::network::NEIGHBOURS;
+use super::rig::Verdict;
+use crate::lab::netlink::Mac;
+
+/// What becomes of a packet.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Answer {
+    /// The verdict.
+    pub verdict: Verdict,
+    /// The frame as it comes out; none where it is dropped.
+    pub bytes: Option<Vec<u8>>,
+    /// The outcome, not counted if it is "not ours".
+    pub outcome: Outcome,
+    /// What else is counted.
+    pub events: Vec<Event>,
+}
+
+/// Offset in a frame beyond which nothing is read.
+const REACH: usize = 1_024;
+/// IPv6 headers that are looked at, the transport's included.
+const CHAIN: usize = 6;
+/// Source ports that are tried for a flow.
+const PORT_TRIES: u64 = 16;
+/// At most so much of a packet is quoted in an ICMP error.
+const QUOTE: usize = 128;
+
+/// The dataplane.
+#[derive(Debug)]
+pub struct Reference {
+    config: Config,
+    edges: BTreeMap<u32, Edge>,
+    tables: Tables,
+    flows: Flows,
+    pins: HashMap<(IpAddr, u32), Pin>,
+    direct: BTreeSet<u32>,
+    /// ICMP errors that may still be sent.
+    pub tokens: u32,
+}
+
+/// What the agent has programmed.
+#[derive(Debug, Default)]
+struct Tables {
+    frontends: HashMap<FrontendAt, FrontendValue>,
+    services: HashMap<u32, Service>,
+    slots: Vec<u32>,
+    backends: HashMap<(Family, u32), BackendRecord>,
+    hints: Vec<u64>,
+    ports: Vec<u64>,
+}
+
+/// A client's choice that holds.
+#[derive(Clone, Copy, Debug)]
+struct Pin {
+    backend: u32,
+    generation: u16,
+    expired: bool,
+}
+
+/// All flows, by what matches them.
+#[derive(Debug, Default)]
+struct Flows {
+    connections: HashMap<u64, Connection>,
+    by_tuple: HashMap<Tuple, (u64, Side)>,
+    made: u64,
+}
+
+/// Where a packet is met: on its way in at an edge, or out.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+enum Way {
+    In,
+    Out,
+}
+
+/// Whose packet.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Side {
+    Client,
+    Backend,
+}
+
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+struct Tuple {
+    way: Way,
+    protocol: u8,
+    source: SocketAddr,
+    destination: SocketAddr,
+}
+
+#[derive(Clone, Copy, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts about a flow"
+)]
+struct Connection {
+    protocol: u8,
+    client: SocketAddr,
+    /// What the client sends to.
+    asked: SocketAddr,
+    /// Who the backend sees.
+    seen: SocketAddr,
+    backend: SocketAddr,
+    /// Id, generation and service; none of a direct connection.
+    member: Option<(u32, u16, u32)>,
+    hairpin: bool,
+    bridged: bool,
+    affine: bool,
+    /// Began with a SYN.
+    syn: bool,
+    established: bool,
+    answered: bool,
+    fin: [bool; 2],
+    reset: bool,
+}
+
+impl Connection {
+    const fn is_closed(&self) -> bool {
+        self.reset || (self.fin[0] && self.fin[1])
+    }
+
+    const fn client_tuple(&self) -> Tuple {
+        Tuple {
+            way: Way::In,
+            protocol: self.protocol,
+            source: self.client,
+            destination: self.asked,
+        }
+    }
+
+    const fn backend_tuple(&self) -> Tuple {
+        Tuple {
+            way: if self.hairpin { Way::In } else { Way::Out },
+            protocol: self.protocol,
+            source: self.backend,
+            destination: self.seen,
+        }
+    }
+
+    /// Source and destination of a side's packets after translation.
+    const fn translation(&self, side: Side) -> [SocketAddr; 2] {
+        match side {
+            Side::Client => [self.seen, self.backend],
+            Side::Backend => [self.asked, self.client],
+        }
+    }
+}
+
+impl Flows {
+    fn find(&self, tuple: &Tuple) -> Option<(u64, Side)> {
+        self.by_tuple.get(tuple).copied()
+    }
+
+    fn insert(&mut self, connection: Connection) -> u64 {
+        self.made += 1;
+        let id = self.made;
+        self.by_tuple
+            .insert(connection.backend_tuple(), (id, Side::Backend));
+        self.by_tuple
+            .insert(connection.client_tuple(), (id, Side::Client));
+        self.connections.insert(id, connection);
+        id
+    }
+
+    fn remove(&mut self, id: u64) {
+        let Some(connection) = self.connections.remove(&id) else {
+            return;
+        };
+        for tuple in [connection.client_tuple(), connection.backend_tuple()] {
+            self.by_tuple.remove(&tuple);
+        }
+    }
+}
+
+/// A packet as it was read.
+#[derive(Clone, Copy, Debug)]
+struct Read {
+    l3: usize,
+    l4: usize,
+    tuple: Tuple,
+    flags: u8,
+    first_fragment: bool,
+}
+
+impl Read {
+    const fn is_udp(&self) -> bool {
+        self.tuple.protocol == next::UDP
+    }
+
+    const fn opens(&self) -> bool {
+        opens(self.flags)
+    }
+}
+
+const fn opens(tcp: u8) -> bool {
+    tcp & (flags::SYN | flags::ACK | flags::RST | flags::FIN) == flags::SYN
+}
+
+/// What ends a packet's way before anything is translated.
+type Step<T> = Result<T, Outcome>;
+
+/// How a packet goes on.
+enum Exit {
+    /// Translated along a flow.
+    Along(u64, Side, Outcome),
+    /// Refused with an ICMP error.
+    Refuse,
+}
+
+/// The frame and where it is met.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    hook: Hook,
+    interface: u32,
+    frame: &'a [u8],
+}
+
+/// The network header's addresses.
+#[derive(Clone, Copy)]
+struct Ip {
+    l3: usize,
+    source: IpAddr,
+    destination: IpAddr,
+}
+
+/// What follows the network header.
+struct Payload {
+    l4: usize,
+    protocol: u8,
+    /// Offset in the datagram and whether more follows; none of what is whole.
+    part: Option<bool>,
+}
+
+impl Reference {
+    /// A dataplane without services and flows.
+    #[must_use]
+    pub fn new(config: Config, edges: impl IntoIterator<Item = (u32, Edge)>) -> Self {
+        Self {
+            config,
+            edges: edges.into_iter().collect(),
+            tables: Tables::default(),
+            flows: Flows::default(),
+            pins: HashMap::new(),
+            direct: BTreeSet::new(),
+            tokens: config.generate_burst,
+        }
+    }
+
+    /// Takes the tables as they are programmed now.
+    pub fn set_tables(&mut self, snapshot: &Snapshot) {
+        let backends = [
+            (Family::V4, &snapshot.backends.v4),
+            (Family::V6, &snapshot.backends.v6),
+        ];
+        self.tables = Tables {
+            frontends: snapshot.frontends.iter().copied().collect(),
+            services: snapshot.services.iter().copied().collect(),
+            slots: snapshot.slots.clone(),
+            backends: backends
+                .into_iter()
+                .flat_map(|(family, records)| {
+                    records
+                        .iter()
+                        .map(move |(id, record)| ((family, *id), *record))
+                })
+                .collect(),
+            hints: snapshot.guard.clone(),
+            ports: snapshot.guard_port.clone(),
+        };
+    }
+
+    /// Every pin is older than any timeout.
+    pub fn age_pins(&mut self) {
+        self.pins.values_mut().for_each(|pin| pin.expired = true);
+    }
+
+    /// Forgets all flows.
+    pub fn clear_flows(&mut self) {
+        self.flows = Flows::default();
+    }
+
+    /// Number of flows.
+    #[must_use]
+    pub fn flows(&self) -> usize {
+        self.flows.connections.len()
+    }
+
+    /// What becomes of a packet at a hook of an interface.
+    pub fn handle(&mut self, hook: Hook, interface: u32, frame: &[u8]) -> Answer {
+        let at = At {
+            hook,
+            interface,
+            frame,
+        };
+        let mut events = Vec::new();
+        let result = match hook {
+            Hook::XdpIngress | Hook::TcIngress => self.enters(at, &mut events),
+            Hook::TcEgress => self.leaves(at, &mut events),
+        };
+        let (verdict, outcome, bytes) = match result {
+            Ok((verdict, outcome, bytes)) => (verdict, outcome, Some(bytes)),
+            Err(outcome) if outcome.fate() == Fate::Drop => (Verdict::Dropped, outcome, None),
+            Err(outcome) => (Verdict::On, outcome, Some(frame.to_vec())),
+        };
+        Answer {
+            verdict,
+            bytes,
+            outcome,
+            events,
+        }
+    }
+
+    fn enters(&mut self, at: At<'_>, events: &mut Vec<Event>) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let ip = network(at.frame)?;
+        let hints = if self.is_service_address(ip.destination) {
+            FRONTEND
+        } else {
+            self.hints(ip.destination)
+        };
+        if hints == 0 {
+            return Err(Outcome::NotOurs);
+        }
+        let payload = payload(at.frame, &ip)?;
+        let to_frontend = hints & (FRONTEND | NODE) != 0;
+        if payload.part.is_some() {
+            return Err(if to_frontend {
+                Outcome::Fragment
+            } else {
+                Outcome::NotOurs
+            });
+        }
+        let read = transport(at, &ip, &payload, Way::In)?;
+        self.guard_ports(hints, &read)?;
+        match self.route(at, hints, &read, events)? {
+            Exit::Refuse => self.refuse(at.frame, &read),
+            Exit::Along(id, side, outcome) => self.send_on(at, &read, id, side, outcome),
+        }
+    }
+
+    /// Leaves the node's own traffic and ordinary packets to pods alone.
+    fn guard_ports(&self, hints: u8, read: &Read) -> Step<()> {
+        let destination = read.tuple.destination;
+        let ours = hints & FRONTEND != 0
+            || hints & NODE != 0 && self.is_node_port(read.tuple.protocol, destination.port())
+            || hints & BACKEND != 0
+                && (read.opens() || self.direct.contains(&direct_position(destination.ip())));
+        if ours { Ok(()) } else { Err(Outcome::NotOurs) }
+    }
+
+    /// Finds or opens the packet's flow.
+    fn route(&mut self, at: At<'_>, hints: u8, read: &Read, events: &mut Vec<Event>) -> Step<Exit> {
+        let found = self.flows.find(&read.tuple);
+        let ended = found.filter(|(id, side)| self.has_ended(*id, *side, read));
+        match (found, ended) {
+            (Some((id, side)), None) => Ok(self.follow(id, side, read, events)),
+            (Some((id, side)), Some(_)) => self.open(at, hints, read, Some((id, side)), events),
+            (None, _) => self.open(at, hints, read, None, events),
+        }
+    }
+
+    /// Whether the packet along a flow wants a new one.
+    fn has_ended(&self, id: u64, side: Side, read: &Read) -> bool {
+        let connection = self.flows.connections[&id];
+        let Some((backend, generation, _)) = connection.member else {
+            return false;
+        };
+        if side == Side::Backend {
+            return false;
+        }
+        let family = Family::of(connection.backend.ip());
+        let serves = self
+            .tables
+            .backends
+            .get(&(family, backend))
+            .is_some_and(|record| {
+                record.generation == generation && record.bits & (SERVING | GONE) == SERVING
+            });
+        if read.is_udp() {
+            !serves
+        } else {
+            read.opens() && (connection.is_closed() || !serves)
+        }
+    }
+
+    /// Notes a packet along a flow; a client's after the backend's answer confirms it.
+    fn follow(&mut self, id: u64, side: Side, read: &Read, events: &mut Vec<Event>) -> Exit {
+        let connection = self.flows.connections.get_mut(&id).expect("it was found");
+        let outcome = if connection.established {
+            Outcome::Forward
+        } else {
+            Outcome::ForwardOpening
+        };
+        connection.note(side, read.flags);
+        if side == Side::Client && connection.answered && !connection.established {
+            connection.established = true;
+            events.push(Event::Promoted);
+            if let (true, Some((backend, generation, service))) =
+                (connection.affine, connection.member)
+            {
+                let pin = Pin {
+                    backend,
+                    generation,
+                    expired: false,
+                };
+                self.pins.insert((connection.client.ip(), service), pin);
+            }
+        }
+        Exit::Along(id, side, outcome)
+    }
+
+    /// Opens a flow for a packet that has none, or whose flow has ended.
+    fn open(
+        &mut self,
+        at: At<'_>,
+        hints: u8,
+        read: &Read,
+        ended: Option<(u64, Side)>,
+        events: &mut Vec<Event>,
+    ) -> Step<Exit> {
+        let edge = self.edges.get(&at.interface).copied();
+        let bits = edge.map_or(edge::UPLINK, |edge| edge.bits);
+        let (index, used) = match self.service(hints, &read.tuple) {
+            Ok(Some(found)) => found,
+            Ok(None) => return Ok(Exit::Refuse),
+            Err(Outcome::NoFrontend) => {
+                return self.open_direct(at.hook, bits, hints, read, events);
+            }
+            Err(outcome) => return Err(outcome),
+        };
+        let service = self.tables.services.get(&index).copied();
+        let service = service.unwrap_or(Service::new(Default::default(), Default::default(), 0, 0));
+        let from_pod = bits & edge::POD != 0;
+        let Some((id, backend)) = self.select(index, &service, used, from_pod, &read.tuple)? else {
+            return match ended {
+                Some((id, side)) if read.is_udp() => Ok(self.follow(id, side, read, events)),
+                _ if service.flags() & flag::HAS_ANY != 0 && !self.is_on(REJECT_NO_LOCAL) => {
+                    Err(Outcome::NoLocalEndpoint)
+                }
+                _ => Ok(Exit::Refuse),
+            };
+        };
+        if let Some((id, _)) = ended {
+            self.flows.remove(id);
+            if read.is_udp() {
+                events.push(Event::Moved);
+            }
+        }
+        let (client, asked) = (read.tuple.source, read.tuple.destination);
+        let hairpin = from_pod && backend.address.ip() == client.ip();
+        let seen_ip = if hairpin { asked.ip() } else { client.ip() };
+        let connection = Connection {
+            protocol: read.tuple.protocol,
+            client,
+            asked,
+            seen: SocketAddr::new(seen_ip, client.port()),
+            backend: backend.address,
+            member: Some((id, backend.generation, index)),
+            hairpin,
+            bridged: edge.is_some_and(|edge| edge.bridge != 0),
+            affine: service.affinity_seconds() != 0,
+            syn: read.opens(),
+            established: false,
+            answered: false,
+            fin: [false; 2],
+            reset: false,
+        };
+        self.enter(connection, !(hairpin && used == kind::NODE_PORT), events)
+    }
+
+    /// A SYN straight to a backend, where a flow has its tuple.
+    fn open_direct(
+        &mut self,
+        hook: Hook,
+        bits: u32,
+        hints: u8,
+        read: &Read,
+        events: &mut Vec<Event>,
+    ) -> Step<Exit> {
+        let translated_before = bits & edge::XDP != 0 && hook == Hook::TcIngress;
+        if hints & BACKEND == 0 || !read.opens() || translated_before {
+            return Err(Outcome::NoFrontend);
+        }
+        let (client, backend) = (read.tuple.source, read.tuple.destination);
+        let connection = Connection {
+            protocol: read.tuple.protocol,
+            client,
+            asked: backend,
+            seen: client,
+            backend,
+            member: None,
+            hairpin: false,
+            bridged: false,
+            affine: false,
+            syn: true,
+            established: false,
+            answered: false,
+            fin: [false; 2],
+            reset: false,
+        };
+        let taken = self
+            .flows
+            .find(&connection.backend_tuple())
+            .is_some_and(|(id, _)| !self.flows.connections[&id].is_closed());
+        if !taken {
+            return Err(Outcome::NotOurs);
+        }
+        self.enter(connection, false, events)
+    }
+
+    /// Enters a flow, with its client's port if it may have that and nobody else does, else with a free one.
+    fn enter(
+        &mut self,
+        mut connection: Connection,
+        may_keep_port: bool,
+        events: &mut Vec<Event>,
+    ) -> Step<Exit> {
+        if may_keep_port && self.make_way(&connection) {
+            return Ok(self.entered(connection));
+        }
+        let hash = u64::from(self.hash(
+            self.config.seed,
+            connection.client,
+            connection.asked,
+            connection.protocol,
+        ));
+        let (first, last) = (self.config.snat_first, self.config.snat_last);
+        let ports = u32::from(last) - u32::from(first) + 1;
+        for attempt in 0..PORT_TRIES {
+            let draw = mix(hash.wrapping_add(attempt.wrapping_mul(M1))) >> 32;
+            let offset = scale(u32::try_from(draw).expect("32 bits"), ports);
+            let port = first + u16::try_from(offset).expect("less than the ports there are");
+            connection.seen.set_port(port);
+            if self.make_way(&connection) {
+                events.push(Event::PortTranslated);
+                if connection.member.is_none() {
+                    self.direct.insert(direct_position(connection.asked.ip()));
+                }
+                return Ok(self.entered(connection));
+            }
+        }
+        Err(Outcome::PortsExhausted)
+    }
+
+    fn entered(&mut self, connection: Connection) -> Exit {
+        Exit::Along(self.flows.insert(connection), Side::Client, Outcome::Open)
+    }
+
+    /// Whether the tuple behind the frontend is free; one whose connection is over is made so.
+    fn make_way(&mut self, connection: &Connection) -> bool {
+        let Some((id, _)) = self.flows.find(&connection.backend_tuple()) else {
+            return true;
+        };
+        let other = self.flows.connections[&id];
+        assert!(
+            (other.client, other.asked) != (connection.client, connection.asked)
+                || other.is_closed(),
+            "the client's packet would have found it: {other:?}"
+        );
+        if !other.is_closed() {
+            return false;
+        }
+        self.flows.remove(id);
+        true
+    }
+
+    /// The service a packet is for, and what its client's address is; none for an undefined port of a ClusterIP.
+    fn service(&self, hints: u8, tuple: &Tuple) -> Step<Option<(u32, u8)>> {
+        let destination = tuple.destination;
+        let key = |address, port, protocol| FrontendAt {
+            address,
+            port,
+            protocol,
+        };
+        let frontend = |at| self.tables.frontends.get(&at).copied();
+        if let Some(found) = frontend(key(destination.ip(), destination.port(), tuple.protocol)) {
+            return Ok(Some((found.service, found.kind)));
+        }
+        if hints & (FRONTEND | NODE) == 0 {
+            return Err(Outcome::NoFrontend);
+        }
+        match frontend(FrontendAt::address(destination.ip())).map(|entry| entry.kind) {
+            Some(kind::NODE_PORT) => {
+                if hints & NODE == 0 || !self.is_node_port(tuple.protocol, destination.port()) {
+                    return Err(Outcome::NoFrontend);
+                }
+                let any = match destination {
+                    SocketAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+                    SocketAddr::V6(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
+                };
+                let found = frontend(key(any, destination.port(), tuple.protocol));
+                let found = found.ok_or(Outcome::NoFrontend)?;
+                Ok(Some((found.service, found.kind)))
+            }
+            Some(kind::CLUSTER_IP) if self.is_on(REJECT_UNDEFINED_PORT) => Ok(None),
+            None if self.is_service_address(destination.ip()) && self.is_on(DROP_UNALLOCATED) => {
+                Err(Outcome::Unallocated)
+            }
+            _ => Err(Outcome::NoFrontend),
+        }
+    }
+
+    /// The backend a new flow gets; none where its set is empty.
+    fn select(
+        &self,
+        index: u32,
+        service: &Service,
+        used: u8,
+        from_pod: bool,
+        tuple: &Tuple,
+    ) -> Step<Option<(u32, BackendRecord)>> {
+        let flags = service.flags();
+        let outside = !from_pod;
+        let by_policy = match used {
+            kind::CLUSTER_IP => flags & flag::INTERNAL_LOCAL != 0,
+            _ => outside && flags & flag::EXTERNAL_LOCAL != 0,
+        };
+        let (range, bit) = if by_policy || outside && self.is_on(OUTSIDE_LOCAL) {
+            (service.local, IN_LOCAL)
+        } else {
+            (service.cluster, IN_CLUSTER)
+        };
+        if range.length() == 0 {
+            return Ok(None);
+        }
+        let (client, family) = (tuple.source, Family::of(tuple.source.ip()));
+        let affine = service.affinity_seconds() != 0;
+        if let (true, Some(pin)) = (affine, self.pins.get(&(client.ip(), index))) {
+            let record = self.tables.backends.get(&(family, pin.backend));
+            let eligible = record.filter(|record| {
+                !pin.expired
+                    && record.bits & bit != 0
+                    && record.bits & GONE == 0
+                    && record.generation == pin.generation
+                    && record.service == index
+            });
+            if let Some(record) = eligible {
+                return Ok(Some((pin.backend, *record)));
+            }
+        }
+        let hash = if affine {
+            let only_client = SocketAddr::new(client.ip(), 0);
+            let seed = self.config.seed ^ u64::from(index);
+            self.hash(seed, only_client, only_client, 0)
+        } else {
+            self.hash(self.config.seed, client, tuple.destination, tuple.protocol)
+        };
+        let position = range.start() + scale(hash, range.length());
+        let id = self
+            .tables
+            .slots
+            .get(position as usize)
+            .copied()
+            .unwrap_or(0);
+        match self.tables.backends.get(&(family, id)) {
+            Some(record) if id != 0 && record.bits & GONE == 0 => Ok(Some((id, *record))),
+            // An element that was never written reads as zero, as the map's does.
+            _ => Err(Outcome::BadBackend),
+        }
+    }
+
+    fn hash(&self, seed: u64, source: SocketAddr, destination: SocketAddr, protocol: u8) -> u32 {
+        let ports = [source, destination].map(|end| Be16::new(end.port()));
+        match (source.ip(), destination.ip()) {
+            (IpAddr::V4(a), IpAddr::V4(b)) => flow_hash(
+                seed,
+                Addr4::from(a),
+                Addr4::from(b),
+                ports[0],
+                ports[1],
+                protocol,
+            ),
+            (IpAddr::V6(a), IpAddr::V6(b)) => flow_hash(
+                seed,
+                Addr6::from(a),
+                Addr6::from(b),
+                ports[0],
+                ports[1],
+                protocol,
+            ),
+            mixed => panic!("a tuple has one family: {mixed:?}"),
+        }
+    }
+
+    /// Translates a packet that came in and sends it on: up the stack, along the bridge, or back to the pod.
+    fn send_on(
+        &self,
+        at: At<'_>,
+        read: &Read,
+        id: u64,
+        side: Side,
+        outcome: Outcome,
+    ) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let connection = &self.flows.connections[&id];
+        let mut frame = at.frame.to_vec();
+        let translation = connection.translation(side);
+        translate(&mut frame, read, translation);
+        if connection.hairpin {
+            if !hop(&mut frame, read) {
+                return Err(Outcome::TtlExceeded);
+            }
+            turn(&mut frame);
+            let outcome = match side {
+                Side::Client => Outcome::Hairpin,
+                Side::Backend => Outcome::HairpinReverse,
+            };
+            return Ok((Verdict::Back, outcome, frame));
+        }
+        let bridge = self
+            .edges
+            .get(&at.interface)
+            .is_some_and(|edge| edge.bridge != 0);
+        if connection.bridged && bridge && at.hook == Hook::TcIngress {
+            let [source, backend] = translation.map(|end| end.ip());
+            let neighbour = NEIGHBOURS.iter().find(|(address, _)| *address == backend);
+            if let Some((_, mac)) = neighbour.filter(|_| is_routed(source)) {
+                put(&mut frame, 0, mac);
+            }
+        }
+        Ok((Verdict::On, outcome, frame))
+    }
+
+    fn leaves(&mut self, at: At<'_>, events: &mut Vec<Event>) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let ip = network(at.frame)?;
+        let uplink = self
+            .edges
+            .get(&at.interface)
+            .is_some_and(|edge| edge.bits & edge::UPLINK != 0);
+        if uplink && self.may_be_cluster_ip(ip.destination) {
+            let entry = self
+                .tables
+                .frontends
+                .get(&FrontendAt::address(ip.destination));
+            if entry.is_some_and(|entry| entry.kind == kind::CLUSTER_IP) {
+                return Err(Outcome::Untranslated);
+            }
+        }
+        if self.hints(ip.source) & BACKEND == 0 {
+            return Err(Outcome::NotOurs);
+        }
+        let payload = payload(at.frame, &ip)?;
+        if payload.part == Some(false) {
+            return Err(Outcome::NotOurs);
+        }
+        let read = transport(at, &ip, &payload, Way::Out)?;
+        let (id, side) = self.flows.find(&read.tuple).ok_or(Outcome::NotOurs)?;
+        if read.first_fragment {
+            return Err(Outcome::Fragment);
+        }
+        let connection = self.flows.connections.get_mut(&id).expect("it was found");
+        let says_hello = read.flags & (flags::SYN | flags::RST) != 0;
+        let waits = connection.syn && !connection.answered && !connection.established;
+        if waits && !read.is_udp() && !says_hello {
+            events.push(Event::Clash);
+            return Err(Outcome::NotOurs);
+        }
+        connection.note(side, read.flags);
+        let mut frame = at.frame.to_vec();
+        translate(&mut frame, &read, connection.translation(side));
+        Ok((Verdict::On, Outcome::Reverse, frame))
+    }
+
+    /// Turns the packet into the ICMP error about it.
+    fn refuse(&mut self, frame: &[u8], read: &Read) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let (source, destination) = (read.tuple.source.ip(), read.tuple.destination.ip());
+        if frame[0] & 1 != 0 || !is_one_host(source) || !is_one_host(destination) {
+            return Err(Outcome::RejectSilent);
+        }
+        if self.tokens == 0 {
+            return Err(Outcome::RejectLimited);
+        }
+        self.tokens -= 1;
+        let quoted = (read.l4 - read.l3 + 8).min(QUOTE);
+        let quote = &frame[read.l3..read.l3 + quoted];
+        let length = u16::try_from(8 + quoted).expect("a short quote");
+        let mut out = frame[..read.l3].to_vec();
+        turn(&mut out);
+        let v4 = source.is_ipv4();
+        if v4 {
+            let mut header = vec![0x45, 0xc0];
+            header.extend((20 + length).to_be_bytes());
+            header.extend([0, 0, 0x40, 0, 64, next::ICMP, 0, 0]);
+            header.extend([octets(destination), octets(source)].concat());
+            let check = checksum(&[&header]);
+            put(&mut header, 10, &check);
+            out.extend(header);
+        } else {
+            out.extend([0x60, 0, 0, 0]);
+            out.extend(length.to_be_bytes());
+            out.extend([next::ICMP6, 64]);
+            out.extend([octets(destination), octets(source)].concat());
+        }
+        let (kind, code) = if v4 { (3, 3) } else { (1, 4) };
+        let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
+        message.extend(quote);
+        let pseudo = if v4 {
+            Vec::new()
+        } else {
+            let mut pseudo = [octets(destination), octets(source)].concat();
+            pseudo.extend(length.to_be_bytes());
+            pseudo.extend([0, next::ICMP6]);
+            pseudo
+        };
+        let check = checksum(&[&pseudo, &message]);
+        put(&mut message, 2, &check);
+        out.extend(message);
+        Ok((Verdict::Back, Outcome::Rejected, out))
+    }
+
+    const fn is_on(&self, bit: u32) -> bool {
+        self.config.bits & bit != 0
+    }
+
+    fn hints(&self, address: IpAddr) -> u8 {
+        let set = |bit: &u8| {
+            let (word, mask) = GuardBit::address(address, *bit, self.config.guard_words).position();
+            self.tables
+                .hints
+                .get(word as usize)
+                .is_some_and(|word| word & mask != 0)
+        };
+        [FRONTEND, NODE, BACKEND].into_iter().filter(set).sum()
+    }
+
+    /// A NodePort of the protocol, or a port that translated sources have.
+    fn is_node_port(&self, protocol: u8, port: u16) -> bool {
+        let protocol = Protocol::from_number(protocol).expect("TCP or UDP");
+        let (word, mask) = GuardBit::Port { protocol, port }.position();
+        let programmed = self
+            .tables
+            .ports
+            .get(word as usize)
+            .is_some_and(|word| word & mask != 0);
+        programmed || (self.config.snat_first..=self.config.snat_last).contains(&port)
+    }
+
+    fn is_service_address(&self, address: IpAddr) -> bool {
+        let (net, mask) = match address {
+            IpAddr::V4(_) => (
+                IpAddr::from(Ipv4Addr::from(self.config.service_net4)),
+                IpAddr::from(Ipv4Addr::from(self.config.service_mask4)),
+            ),
+            IpAddr::V6(_) => (
+                IpAddr::from(Ipv6Addr::from(self.config.service_net6)),
+                IpAddr::from(Ipv6Addr::from(self.config.service_mask6)),
+            ),
+        };
+        let (address, net, mask) = (octets(address), octets(net), octets(mask));
+        mask.iter().any(|byte| *byte != 0)
+            && address
+                .iter()
+                .zip(&mask)
+                .map(|(byte, mask)| byte & mask)
+                .eq(net)
+    }
+
+    /// A hint; where the service CIDR is known it is the only one.
+    fn may_be_cluster_ip(&self, address: IpAddr) -> bool {
+        let masked = match address {
+            IpAddr::V4(_) => self.config.service_mask4 != Addr4(0),
+            IpAddr::V6(_) => self.config.service_mask6 != Addr6([0; 4]),
+        };
+        if masked {
+            self.is_service_address(address)
+        } else {
+            self.hints(address) & FRONTEND != 0
+        }
+    }
+}
+
+impl Connection {
+    fn note(&mut self, side: Side, tcp: u8) {
+        self.answered |= side == Side::Backend;
+        self.fin[usize::from(side == Side::Backend)] |= tcp & flags::FIN != 0;
+        self.reset |= tcp & flags::RST != 0;
+    }
+}
+
+fn direct_position(address: IpAddr) -> u32 {
+    match address {
+        IpAddr::V4(address) => guard::direct_position(Addr4::from(address)),
+        IpAddr::V6(address) => guard::direct_position(Addr6::from(address)),
+    }
+}
+
+/// Whether an ICMP error may be sent to the address (RFC 1122 3.2.2).
+fn is_one_host(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => {
+            let [first, ..] = address.octets();
+            (1..224).contains(&first) && first != 127
+        }
+        IpAddr::V6(address) => {
+            !address.is_unspecified() && !address.is_loopback() && !address.is_multicast()
+        }
+    }
+}
+
+/// Whether the kernel routes packets of that source at all.
+const fn is_routed(source: IpAddr) -> bool {
+    match source {
+        IpAddr::V4(_) => true,
+        IpAddr::V6(source) => !source.is_loopback() && !source.is_multicast(),
+    }
+}
+
+/// `N` bytes within reach.
+fn bytes<const N: usize>(frame: &[u8], at: usize) -> Step<[u8; N]> {
+    let bytes = frame.get(at..at + N).filter(|_| at <= REACH);
+    bytes
+        .and_then(|bytes| bytes.try_into().ok())
+        .ok_or(Outcome::Malformed)
+}
+
+/// Finds the network header and its addresses behind at most two tags.
+fn network(frame: &[u8]) -> Step<Ip> {
+    let mut l3 = ETHERNET;
+    let mut ether_type = word(frame, 12).ok_or(Outcome::Malformed)?;
+    let is_tag = |ether_type| [VLAN, QINQ].contains(&ether_type);
+    while is_tag(ether_type) {
+        if l3 == ETHERNET + 8 {
+            return Err(Outcome::Vlan);
+        }
+        let [_, _, a, b] = bytes::<4>(frame, l3)?;
+        ether_type = u16::from_be_bytes([a, b]);
+        l3 += 4;
+    }
+    let (source, destination) = match ether_type {
+        0x0800 => {
+            let header: [u8; 20] = bytes(frame, l3)?;
+            let address = |at| -> IpAddr {
+                let octets: [u8; 4] = header[at..at + 4].try_into().expect("four bytes");
+                octets.into()
+            };
+            (address(12), address(16))
+        }
+        0x86dd => {
+            let header: [u8; 40] = bytes(frame, l3)?;
+            let address = |at| -> IpAddr {
+                let octets: [u8; 16] = header[at..at + 16].try_into().expect("sixteen bytes");
+                octets.into()
+            };
+            (address(8), address(24))
+        }
+        _ => return Err(Outcome::NotIp),
+    };
+    Ok(Ip {
+        l3,
+        source,
+        destination,
+    })
+}
+
+/// Finds the transport header.
+fn payload(frame: &[u8], ip: &Ip) -> Step<Payload> {
+    let l3 = ip.l3;
+    if ip.source.is_ipv4() {
+        let header: [u8; 20] = bytes(frame, l3)?;
+        let words = usize::from(header[0] & 15);
+        if header[0] >> 4 != 4 || words < 5 {
+            return Err(Outcome::Malformed);
+        }
+        let fragment = u16::from_be_bytes([header[6], header[7]]);
+        return Ok(Payload {
+            l4: l3 + 4 * words,
+            protocol: header[9],
+            part: part(fragment & 0x1fff, fragment & 0x2000 != 0),
+        });
+    }
+    if frame[l3] >> 4 != 6 {
+        return Err(Outcome::Malformed);
+    }
+    let mut protocol = frame[l3 + 6];
+    let mut l4 = l3 + 40;
+    let mut found = None;
+    for _ in 0..CHAIN {
+        match protocol {
+            next::HOP_BY_HOP | next::ROUTING | next::DESTINATION => {
+                let [after, length] = bytes(frame, l4)?;
+                (protocol, l4) = (after, l4 + 8 + 8 * usize::from(length));
+            }
+            next::AUTHENTICATION => {
+                let [after, length] = bytes(frame, l4)?;
+                (protocol, l4) = (after, l4 + 8 + 4 * usize::from(length));
+            }
+            next::FRAGMENT => {
+                let [after, _, a, b] = bytes(frame, l4)?;
+                let fragment = u16::from_be_bytes([a, b]);
+                (protocol, l4) = (after, l4 + 8);
+                let this = part(fragment >> 3, fragment & 1 != 0);
+                // A second header does not make a fragment whole again.
+                found = this.or(found);
+                if found == Some(false) {
+                    return Ok(Payload {
+                        l4,
+                        protocol,
+                        part: found,
+                    });
+                }
+            }
+            _ => {
+                return Ok(Payload {
+                    l4,
+                    protocol,
+                    part: found,
+                });
+            }
+        }
+    }
+    Err(Outcome::Malformed)
+}
+
+/// None of a whole datagram; else whether it is the first part.
+const fn part(offset: u16, more: bool) -> Option<bool> {
+    match (offset, more) {
+        (0, false) => None,
+        (0, true) => Some(true),
+        _ => Some(false),
+    }
+}
+
+/// Reads ports and flags of what we translate.
+fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
+    let (frame, l4) = (at.frame, payload.l4);
+    let (header, needed) = match payload.protocol {
+        next::TCP if at.hook == Hook::XdpIngress => (20, 18),
+        next::TCP => (20, 20),
+        next::UDP => (8, 8),
+        _ => return Err(Outcome::OtherProtocol),
+    };
+    if frame.len() < l4 + needed {
+        return Err(Outcome::Malformed);
+    }
+    let tcp = if header == 20 {
+        let [_, flags, ..] = bytes::<6>(frame, l4 + 12)?;
+        flags
+    } else {
+        let _checksum = bytes::<2>(frame, l4 + 6)?;
+        0
+    };
+    let port = |offset| word(frame, l4 + offset).ok_or(Outcome::Malformed);
+    Ok(Read {
+        l3: ip.l3,
+        l4,
+        tuple: Tuple {
+            way,
+            protocol: payload.protocol,
+            source: SocketAddr::new(ip.source, port(0)?),
+            destination: SocketAddr::new(ip.destination, port(2)?),
+        },
+        flags: tcp,
+        first_fragment: payload.part == Some(true),
+    })
+}
+
+/// Gives a frame new addresses and ports.
+fn translate(frame: &mut [u8], read: &Read, [source, destination]: [SocketAddr; 2]) {
+    let (old_source, old_destination) = (read.tuple.source, read.tuple.destination);
+    let old = u64::from(pseudo_sum(old_source.ip(), old_destination.ip()));
+    let new = u64::from(pseudo_sum(source.ip(), destination.ip()));
+    let ports =
+        |a: SocketAddr, b: SocketAddr| u64::from(a.port().to_be()) + u64::from(b.port().to_be());
+    let (at, udp) = if read.is_udp() {
+        (6, true)
+    } else {
+        (16, false)
+    };
+    adjust(
+        frame,
+        read.l4 + at,
+        old + ports(old_source, old_destination),
+        new + ports(source, destination),
+        udp,
+    );
+    let addresses = if source.is_ipv4() {
+        adjust(frame, read.l3 + 10, old, new, false);
+        12
+    } else {
+        8
+    };
+    let both = [octets(source.ip()), octets(destination.ip())].concat();
+    put(frame, read.l3 + addresses, &both);
+    put(frame, read.l4, &source.port().to_be_bytes());
+    put(frame, read.l4 + 2, &destination.port().to_be_bytes());
+}
+
+/// Keeps a checksum as right or wrong as it was when what it covers changes in sum from `old` to `new`.
+fn adjust(frame: &mut [u8], at: usize, old: u64, new: u64, udp: bool) {
+    const MODULUS: u64 = 65_535;
+    let field = u16::from_ne_bytes([frame[at], frame[at + 1]]);
+    if udp && field == 0 {
+        return;
+    }
+    let covered = u64::from(!field) + MODULUS - old % MODULUS + new;
+    // Ones' complement has two zeros; a sum of anything but nothing is the one with all bits set.
+    let covered = match covered % MODULUS {
+        0 => 0xffff,
+        sum => u16::try_from(sum).expect("less than the modulus"),
+    };
+    let check = match !covered {
+        0 if udp => 0xffff,
+        check => check,
+    };
+    put(frame, at, &check.to_ne_bytes());
+}
+
+/// Takes one hop off, as a router does; false if none is left.
+fn hop(frame: &mut [u8], read: &Read) -> bool {
+    let v4 = read.tuple.source.is_ipv4();
+    let at = read.l3 + if v4 { 8 } else { 7 };
+    if frame[at] <= 1 {
+        return false;
+    }
+    let before = frame[at];
+    frame[at] -= 1;
+    if v4 {
+        let word = |hops| u64::from(u16::from_ne_bytes([hops, frame[at + 1]]));
+        let (old, new) = (word(before), word(before - 1));
+        adjust(frame, read.l3 + 10, old, new, false);
+    }
+    true
+}
+
+/// Swaps the MAC addresses.
+fn turn(frame: &mut [u8]) {
+    let [destination, source]: [Mac; 2] = [
+        frame[..6].try_into().expect("six bytes"),
+        frame[6..12].try_into().expect("six bytes"),
+    ];
+    put(frame, 0, &[source, destination].concat());
+}
+
+fn put(frame: &mut [u8], at: usize, bytes: &[u8]) {
+    frame[at..at + bytes.len()].copy_from_slice(bytes);
+}
+
+/// The checksum of the concatenation of parts of even length but the last.
+fn checksum(parts: &[&[u8]]) -> [u8; 2] {
+    let sum = parts
+        .iter()
+        .fold(0, |sum, part| svc_lb_common::checksum::sum(sum, part));
+    (!svc_lb_common::checksum::fold(sum)).to_ne_bytes()
+}

@@ -1,0 +1,104 @@
+//! The programs against the reference in plain Rust, on random services and packets: the same verdict, the same bytes, the
+//! same counters.
+//!
+//! `SVC_LB_SEED=<number>` repeats the round that a failure named, with the counters compared after every packet.
+
+use std::fmt::Write as _;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use svc_lb_common::outcome::{Event, Hook, Outcome};
+use svc_lb_tests::lab::privileged;
+use svc_lb_tests::prog::differential::{self, Plan, Report};
+use svc_lb_tests::prog::network;
+use svc_lb_tests::prog::rig::{self, Count};
+
+/// How often each outcome that packets can have must have been met.
+const LEAST: u64 = 100;
+/// No memory, a kernel that refuses, and a step that is still to come: nothing a packet can bring about.
+const OUT_OF_REACH: [Outcome; 3] = [
+    Outcome::FlowInsert,
+    Outcome::RewriteFailed,
+    Outcome::SourceRange,
+];
+
+#[test]
+fn the_programs_do_what_the_reference_does() {
+    if !privileged() {
+        return;
+    }
+    let chosen = std::env::var("SVC_LB_SEED").ok().map(|text| {
+        text.parse::<u64>()
+            .unwrap_or_else(|error| panic!("SVC_LB_SEED={text}: {error}"))
+    });
+    let seed = chosen.unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.map_or(1, |now| {
+            u64::from(now.subsec_nanos()) << 20 | now.as_secs() & 0xfffff
+        })
+    });
+    let plan = Plan {
+        seed,
+        rounds: if chosen.is_some() { 1 } else { 10 },
+        packets: 24_000,
+        count_each: chosen.is_some(),
+    };
+    println!("seed {seed}");
+    let report = network::private(|network| differential::run(network, &rig::object(), &plan));
+    let report = report.unwrap_or_else(|mismatch| panic!("{}", mismatch.0));
+    println!("{}", table(&report));
+    if chosen.is_some() {
+        return;
+    }
+    for outcome in Outcome::ALL {
+        let met = met(&report, *outcome);
+        let least = if OUT_OF_REACH.contains(outcome) {
+            0
+        } else {
+            LEAST
+        };
+        assert!(met >= least, "{}: met {met} times", outcome.name());
+    }
+    for event in Event::ALL {
+        let met = report.coverage.get(Count::Event(*event));
+        // Nobody else uses the maps.
+        let least = if *event == Event::CheckMismatch {
+            0
+        } else {
+            LEAST
+        };
+        assert!(met >= least, "{}: met {met} times", event.name());
+    }
+}
+
+fn met(report: &Report, outcome: Outcome) -> u64 {
+    let at = |hook: &Hook| report.coverage.get(Count::Outcome(*hook, outcome));
+    Hook::ALL.iter().map(at).sum()
+}
+
+/// What was met how often.
+fn table(report: &Report) -> String {
+    let [programs, reference, all] = report.times;
+    let rate = |time: std::time::Duration| report.packets as f64 / time.as_secs_f64();
+    let mut text = format!(
+        "{} packets in {all:.1?}: {:.0} a second through the programs, {:.0} through the reference\n{:<18}",
+        report.packets,
+        rate(programs),
+        rate(reference),
+        "",
+    );
+    for hook in Hook::ALL {
+        let _ = write!(text, "{:>12}", hook.name());
+    }
+    for outcome in Outcome::ALL {
+        let _ = write!(text, "\n{:<18}", outcome.name());
+        for hook in Hook::ALL {
+            let count = report.coverage.get(Count::Outcome(*hook, *outcome));
+            let _ = write!(text, "{count:>12}");
+        }
+    }
+    for event in Event::ALL {
+        let count = report.coverage.get(Count::Event(*event));
+        let _ = write!(text, "\n{:<18}{count:>12}", event.name());
+    }
+    text
+}
