@@ -78,7 +78,8 @@ fn met(report: &Report, outcome: Outcome) -> u64 {
 /// What was met how often.
 fn table(report: &Report) -> String {
     let [programs, reference, all] = report.times;
-    let rate = |time: std::time::Duration| report.packets as f64 / time.as_secs_f64();
+    let packets = u32::try_from(report.packets).map_or(f64::INFINITY, f64::from);
+    let rate = |time: std::time::Duration| packets / time.as_secs_f64();
     let mut text = format!(
         "{} packets in {all:.1?}: {:.0} a second through the programs, {:.0} through the reference\n{:<18}",
         report.packets,

@@ -27,27 +27,48 @@ pub(crate) struct Args {
     /// Stop after the BPF object.
     #[arg(long)]
     bpf_only: bool,
+    /// Build the BPF object of the workspace in DIR, to DIR/svc-lb: how the tests build programs with a bug in them.
+    #[arg(long, value_name = "DIR", requires = "bpf_only", hide = true)]
+    bpf_workspace: Option<PathBuf>,
 }
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> Result<()> {
+    let Args {
+        release,
+        bpf_only,
+        bpf_workspace,
+    } = args;
+    if let Some(workspace) = bpf_workspace {
+        let object = workspace.join("svc-lb");
+        let bytes = checked_object(workspace)?;
+        return fs::write(&object, bytes).with_context(|| format!("write {}", object.display()));
+    }
     bpf_object()?;
-    if !args.bpf_only {
-        agent(args.release)?;
+    if !bpf_only {
+        agent(*release)?;
     }
     Ok(())
 }
 
-/// Builds the BPF object, puts it through the gate and copies it to [`BPF_OBJECT`].
-pub(crate) fn bpf_object() -> Result<()> {
+/// Builds a workspace's BPF object and puts it through the gate.
+fn checked_object(workspace: &Path) -> Result<Vec<u8>> {
     setup::ensure(&[Need::Build])?;
-    proc::run(bpf_cargo("build").args(["--release", "--bins"]))?;
-    let built = Path::new(BPF_TARGET_DIR)
+    let mut build = bpf_cargo("build");
+    proc::run(build.args(["--release", "--bins"]).current_dir(workspace))?;
+    let built = workspace
+        .join(BPF_TARGET_DIR)
         .join(bpf_target())
         .join("release")
         .join(BPF_PACKAGE);
     let bytes = fs::read(&built).with_context(|| format!("read {}", built.display()))?;
     elf_gate::check(&bytes).with_context(|| format!("check {}", built.display()))?;
+    Ok(bytes)
+}
+
+/// Builds the BPF object, puts it through the gate and copies it to [`BPF_OBJECT`].
+pub(crate) fn bpf_object() -> Result<()> {
+    let bytes = checked_object(Path::new("."))?;
 
     // An unchanged object keeps its time stamp, so that the agent is not built anew.
     if fs::read(BPF_OBJECT).is_ok_and(|present| present == bytes) {

@@ -161,7 +161,7 @@ fn suites() -> Result<Vec<Suite>> {
 /// The level a file of `tests/tests/` belongs to; what is not known uses the lab.
 fn level_of(stem: &str) -> Level {
     match stem {
-        "prog" | "reference" | "verifier" => Level::Prog,
+        "prog" | "reference" | "seeded_bugs" | "verifier" => Level::Prog,
         "reconcile" => Level::Reconcile,
         _ => Level::Netns,
     }

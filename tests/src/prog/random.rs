@@ -149,7 +149,7 @@ const fn kind_of(service: u8) -> (Family, Protocol) {
     } else {
         Family::V4
     };
-    let protocol = if service % 2 == 0 {
+    let protocol = if service.is_multiple_of(2) {
         Protocol::Tcp
     } else {
         Protocol::Udp
@@ -164,30 +164,25 @@ fn address(family: Family, role: Role, n: u8) -> IpAddr {
             .chain(UNKNOWN_NEIGHBOURS)
             .filter(move |address| Family::of(*address) == family)
     };
-    match (role, n) {
-        (Role::Pod, 5..8) => behind_bridge()
+    if let (Role::Pod, 5..8) = (role, n) {
+        return behind_bridge()
             .nth(usize::from(n - 5))
-            .expect("three of each family"),
-        _ => {
-            let (third, low) = match role {
-                Role::Pod => (1, 10 + n),
-                Role::Outside => (2, 20 + n),
-                Role::Service => (3, 30 + n),
-                Role::External => (4, 40 + n),
-                Role::Node => (5, 50 + n),
-                Role::Strange => (6, 60 + n),
-            };
-            match (family, role) {
-                (Family::V4, Role::Service) => Ipv4Addr::new(10, 96, 0, low).into(),
-                (Family::V4, _) => Ipv4Addr::new(172, 16, third, low).into(),
-                (Family::V6, Role::Service) => {
-                    Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, low.into()).into()
-                }
-                (Family::V6, _) => {
-                    Ipv6Addr::new(0x2001, 0xdb8, third.into(), 0, 0, 0, 0, low.into()).into()
-                }
-            }
-        }
+            .expect("three of each family");
+    }
+    let (third, low) = match role {
+        Role::Pod => (1, 10 + n),
+        Role::Outside => (2, 20 + n),
+        Role::Service => (3, 30 + n),
+        Role::External => (4, 40 + n),
+        Role::Node => (5, 50 + n),
+        Role::Strange => (6, 60 + n),
+    };
+    let (service, net) = (matches!(role, Role::Service), u16::from(third));
+    match family {
+        Family::V4 if service => Ipv4Addr::new(10, 96, 0, low).into(),
+        Family::V4 => Ipv4Addr::new(172, 16, third, low).into(),
+        Family::V6 if service => Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, low.into()).into(),
+        Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, net, 0, 0, 0, 0, low.into()).into(),
     }
 }
 
@@ -308,7 +303,7 @@ impl Traffic {
             port = rng.choice([22, 80, 81, 30_085, 61_001]).expect("a port");
         }
         let destination = SocketAddr::new(address(family, role, host), port);
-        let source = self.client(rng, family);
+        let source = Self::client(rng, family);
         self.send(rng, source, destination, protocol)
     }
 
@@ -324,14 +319,14 @@ impl Traffic {
                 .get(rng.usize(..EXCHANGES))
                 .and_then(|exchange| exchange.seen.as_ref())
                 .filter(|seen| seen.family() == family)
-                .map_or_else(|| self.client(rng, family), |seen| seen.source),
-            _ => self.client(rng, family),
+                .map_or_else(|| Self::client(rng, family), |seen| seen.source),
+            _ => Self::client(rng, family),
         };
         let protocol = protocol(rng);
         self.send(rng, source, destination, protocol)
     }
 
-    fn client(&self, rng: &mut Rng, family: Family) -> SocketAddr {
+    fn client(rng: &mut Rng, family: Family) -> SocketAddr {
         let ip = match rng.u8(..16) {
             0..9 => address(family, Role::Pod, rng.u8(..8)),
             9..15 => address(family, Role::Outside, rng.u8(..3)),
@@ -548,7 +543,7 @@ fn decorate(rng: &mut Rng, packet: &mut Packet) {
         4 => {
             frame.macs[0] = rng
                 .choice([[0xff; 6], [1, 0, 0x5e, 0, 0, 1]])
-                .expect("a group")
+                .expect("a group");
         }
         5 => frame.padding = rng.usize(1..20),
         _ => frame.hops = hops(rng),

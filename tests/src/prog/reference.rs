@@ -20,7 +20,7 @@ use svc_lb_common::edge::{self, Edge};
 use svc_lb_common::guard::{self, BACKEND, FRONTEND, NODE};
 use svc_lb_common::hash::{M1, flow_hash, mix, scale};
 use svc_lb_common::outcome::{Event, Fate, Hook, Outcome};
-use svc_lb_common::service::{Service, flag, kind};
+use svc_lb_common::service::{Range, Service, flag, kind};
 use svc_lb_common::{Addr4, Addr6, Be16, Family, Protocol};
 
 use super::frame::{ETHERNET, QINQ, VLAN, flags, next, octets, pseudo_sum, word};
@@ -452,7 +452,7 @@ impl Reference {
             Err(outcome) => return Err(outcome),
         };
         let service = self.tables.services.get(&index).copied();
-        let service = service.unwrap_or(Service::new(Default::default(), Default::default(), 0, 0));
+        let service = service.unwrap_or(Service::new(Range(0), Range(0), 0, 0));
         let from_pod = bits & edge::POD != 0;
         let Some((id, backend)) = self.select(index, &service, used, from_pod, &read.tuple)? else {
             return match ended {
@@ -541,7 +541,7 @@ impl Reference {
         if may_keep_port && self.make_way(&connection) {
             return Ok(self.entered(connection));
         }
-        let hash = u64::from(self.hash(
+        let hash = u64::from(hash(
             self.config.seed,
             connection.client,
             connection.asked,
@@ -664,9 +664,9 @@ impl Reference {
         let hash = if affine {
             let only_client = SocketAddr::new(client.ip(), 0);
             let seed = self.config.seed ^ u64::from(index);
-            self.hash(seed, only_client, only_client, 0)
+            hash(seed, only_client, only_client, 0)
         } else {
-            self.hash(self.config.seed, client, tuple.destination, tuple.protocol)
+            hash(self.config.seed, client, tuple.destination, tuple.protocol)
         };
         let position = range.start() + scale(hash, range.length());
         let id = self
@@ -679,29 +679,6 @@ impl Reference {
             Some(record) if id != 0 && record.bits & GONE == 0 => Ok(Some((id, *record))),
             // An element that was never written reads as zero, as the map's does.
             _ => Err(Outcome::BadBackend),
-        }
-    }
-
-    fn hash(&self, seed: u64, source: SocketAddr, destination: SocketAddr, protocol: u8) -> u32 {
-        let ports = [source, destination].map(|end| Be16::new(end.port()));
-        match (source.ip(), destination.ip()) {
-            (IpAddr::V4(a), IpAddr::V4(b)) => flow_hash(
-                seed,
-                Addr4::from(a),
-                Addr4::from(b),
-                ports[0],
-                ports[1],
-                protocol,
-            ),
-            (IpAddr::V6(a), IpAddr::V6(b)) => flow_hash(
-                seed,
-                Addr6::from(a),
-                Addr6::from(b),
-                ports[0],
-                ports[1],
-                protocol,
-            ),
-            mixed => panic!("a tuple has one family: {mixed:?}"),
         }
     }
 
@@ -903,6 +880,30 @@ fn direct_position(address: IpAddr) -> u32 {
     match address {
         IpAddr::V4(address) => guard::direct_position(Addr4::from(address)),
         IpAddr::V6(address) => guard::direct_position(Addr6::from(address)),
+    }
+}
+
+/// The hash that a flow's choices start from.
+fn hash(seed: u64, source: SocketAddr, destination: SocketAddr, protocol: u8) -> u32 {
+    let ports = [source, destination].map(|end| Be16::new(end.port()));
+    match (source.ip(), destination.ip()) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => flow_hash(
+            seed,
+            Addr4::from(a),
+            Addr4::from(b),
+            ports[0],
+            ports[1],
+            protocol,
+        ),
+        (IpAddr::V6(a), IpAddr::V6(b)) => flow_hash(
+            seed,
+            Addr6::from(a),
+            Addr6::from(b),
+            ports[0],
+            ports[1],
+            protocol,
+        ),
+        mixed => panic!("a tuple has one family: {mixed:?}"),
     }
 }
 

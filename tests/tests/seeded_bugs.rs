@@ -1,0 +1,215 @@
+//! Ten bugs, each put into a copy of the programs: the reference and random packets find every one.
+//!
+//! A bug is a change of a line or two that still compiles, loads and forwards packets. The copy is a workspace of its own
+//! under `target/seeded-bugs`, so that no build of the real programs can pick it up.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "what helpers of tests unwrap fails the test"
+)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+use svc_lb_tests::lab::privileged;
+use svc_lb_tests::prog::differential::{self, Plan};
+use svc_lb_tests::prog::network;
+
+/// A bug: which lines of which file become what.
+struct Bug {
+    name: &'static str,
+    file: &'static str,
+    is: &'static str,
+    becomes: &'static str,
+}
+
+const BUGS: [Bug; 10] = [
+    Bug {
+        name: "checksums forget the ports",
+        file: "rewrite/nat.rs",
+        is: "    if old == new {\n        return 0;",
+        becomes: "    if old == new || new != 0 {\n        return 0;",
+    },
+    Bug {
+        name: "the last slot is never picked",
+        file: "select.rs",
+        is: "range.start() + scale(hash, range.length());",
+        becomes: "range.start() + scale(hash, range.length() - (range.length() > 1) as u32);",
+    },
+    Bug {
+        name: "a pod gets the Local set from outside addresses",
+        file: "select.rs",
+        is: "!from_pod && flags & flag::EXTERNAL_LOCAL != 0",
+        becomes: "flags & flag::EXTERNAL_LOCAL != 0",
+    },
+    Bug {
+        name: "a client's second packet confirms its flow by itself",
+        file: "conntrack.rs",
+        is: "flow.traits & flow::REVERSE == 0 && flow.state & state::ANSWERED != 0",
+        becomes: "flow.traits & flow::REVERSE == 0",
+    },
+    Bug {
+        name: "the backend's FIN counts as the client's",
+        file: "conntrack.rs",
+        is: "bits |= if reverse {\n            state::BACKEND_FIN",
+        becomes: "bits |= if reverse {\n            state::CLIENT_FIN",
+    },
+    Bug {
+        name: "a live flow's tuple is taken over",
+        file: "open.rs",
+        is: "if !state::closed(other.state) {",
+        becomes: "if other.source_port.0 == 0 {",
+    },
+    Bug {
+        name: "what XDP translated is taken for a direct connection",
+        file: "pipeline.rs",
+        is: "let seen_by_xdp = edge & XDP != 0 && hook != Hook::XdpIngress;",
+        becomes: "let seen_by_xdp = edge & XDP != 0 && hook == Hook::XdpIngress;",
+    },
+    Bug {
+        name: "datagrams stay with a backend that left",
+        file: "pipeline.rs",
+        is: "return !select::still_serves::<F>(flow.backend, flow.generation);",
+        becomes: "return false;",
+    },
+    Bug {
+        name: "IPv4 options are not skipped",
+        file: "parse/ipv4.rs",
+        is: "l4: ip.l3 + length,",
+        becomes: "l4: ip.l3 + Ipv4Hdr::LEN,",
+    },
+    Bug {
+        name: "the ICMP checksum leaves out the quoted packet",
+        file: "reject.rs",
+        is: "sum(body + F::pseudo_sum(&met.key, quoted), &F::ERROR)",
+        becomes: "sum(body / 0x10_0000 + F::pseudo_sum(&met.key, quoted), &F::ERROR)",
+    },
+];
+
+/// What each bug is searched with: a part of what the tests of the real programs do.
+const PLAN: Plan = Plan {
+    seed: 1,
+    rounds: 4,
+    packets: 24_000,
+    count_each: false,
+};
+
+#[test]
+fn every_seeded_bug_is_caught() {
+    if !privileged() {
+        return;
+    }
+    let workspace = copy_workspace();
+    let mut missed = Vec::new();
+    for bug in &BUGS {
+        let started = Instant::now();
+        let object = build(&workspace, bug);
+        let built = started.elapsed();
+        let result = network::private(|network| differential::run(network, &object, &PLAN));
+        let found = started.elapsed() - built;
+        match result {
+            Err(mismatch) => {
+                let first = mismatch.0.lines().take(2).collect::<Vec<_>>().join(" ");
+                let first: String = first.chars().take(160).collect();
+                println!(
+                    "{}: built in {built:.1?}, caught in {found:.1?}: {first}",
+                    bug.name
+                );
+            }
+            Ok(report) => {
+                println!("{}: missed in {} packets", bug.name, report.packets);
+                missed.push(bug.name);
+            }
+        }
+    }
+    assert!(missed.is_empty(), "missed: {missed:?}");
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// Copies what the programs are built from; the programs' own sources come with each bug.
+fn copy_workspace() -> PathBuf {
+    let workspace = std::path::absolute(root().join("target/seeded-bugs")).unwrap();
+    fs::create_dir_all(&workspace).unwrap();
+    for file in ["Cargo.lock", "rust-toolchain.toml"] {
+        fs::copy(root().join(file), workspace.join(file)).unwrap();
+    }
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let only = "members = [\"svc-lb-common\", \"svc-lb-ebpf\"]";
+    let lines = manifest
+        .lines()
+        .filter(|line| !line.starts_with("default-members"))
+        .map(|line| {
+            if line.starts_with("members = ") {
+                only
+            } else {
+                line
+            }
+        });
+    write(
+        &workspace.join("Cargo.toml"),
+        &(lines.collect::<Vec<_>>().join("\n") + "\n"),
+    );
+    for package in ["svc-lb-common", "svc-lb-ebpf"] {
+        copy(
+            &root().join(package),
+            &workspace.join(package),
+            &|_, text| text,
+        );
+    }
+    workspace
+}
+
+/// Puts a bug into the copy and builds it.
+fn build(workspace: &Path, bug: &Bug) -> PathBuf {
+    let sources = Path::new("svc-lb-ebpf").join("src");
+    let file = root().join(&sources).join(bug.file);
+    copy(
+        &root().join(&sources),
+        &workspace.join(&sources),
+        &|path, text| {
+            if path != file {
+                return text;
+            }
+            let places = text.matches(bug.is).count();
+            assert_eq!(places, 1, "{}: {:?} in {}", bug.name, bug.is, bug.file);
+            text.replace(bug.is, bug.becomes)
+        },
+    );
+    let status = Command::new(env!("CARGO"))
+        .args(["run", "--quiet", "--package", "xtask", "--"])
+        .args(["build", "--bpf-only", "--bpf-workspace"])
+        .arg(workspace)
+        .current_dir(root())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{}: the programs are not built", bug.name);
+    workspace.join("svc-lb")
+}
+
+/// Copies a directory of texts, each changed by `change`.
+fn copy(from: &Path, to: &Path, change: &dyn Fn(&Path, String) -> String) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (path, copied) = (entry.path(), to.join(entry.file_name()));
+        if entry.file_type().unwrap().is_dir() {
+            copy(&path, &copied, change);
+        } else {
+            let text = fs::read_to_string(&path).unwrap();
+            write(&copied, &change(&path, text));
+        }
+    }
+}
+
+/// Writes a file, unless it is what it was: then its time stamp stays and nothing is built anew.
+fn write(path: &Path, text: &str) {
+    if fs::read_to_string(path).is_ok_and(|present| present == text) {
+        return;
+    }
+    fs::write(path, text).unwrap();
+}
