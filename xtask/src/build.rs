@@ -54,8 +54,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 /// Builds a workspace's BPF object and puts it through the gate.
 fn checked_object(workspace: &Path) -> Result<Vec<u8>> {
     setup::ensure(&[Need::Build])?;
-    let mut build = bpf_cargo("build");
-    proc::run(build.args(["--release", "--bins"]).current_dir(workspace))?;
+    let mut cmd = bpf_cargo("build");
+    proc::run(cmd.args(["--release", "--bins"]).current_dir(workspace))?;
     let built = workspace
         .join(BPF_TARGET_DIR)
         .join(bpf_target())

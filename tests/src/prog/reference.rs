@@ -46,7 +46,7 @@ const REACH: usize = 1_024;
 /// IPv6 headers that are looked at, the transport's included.
 const CHAIN: usize = 6;
 /// Source ports that are tried for a flow.
-const PORT_TRIES: u64 = 16;
+const PORT_TRIES: u64 = 8;
 /// At most so much of a packet is quoted in an ICMP error.
 const QUOTE: usize = 128;
 
