@@ -1,6 +1,6 @@
 //! From batches of changes to what the maps hold: intake, control plane, model, compile, plan.
 //!
-//! Synchronous, and the only owner of all of it; [`super::apply`] drives it. Runs against any
+//! Synchronous, and the only owner of all of it; the apply task drives it. Runs against any
 //! [`Dataplane`].
 
 use std::collections::{BTreeMap, BTreeSet};
