@@ -13,7 +13,8 @@ const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 const DESTINATION_OPTIONS: u8 = 60;
 
-/// Extension headers that are walked. RFC 8200 4.1 lists seven; real chains have one or two.
+/// Headers that are looked at, the transport header among them. RFC 8200 4.1 lists seven extension headers;
+/// real chains have one or two.
 const MAX_HEADERS: usize = 6;
 
 /// Walks the extension headers to the transport header.
