@@ -11,13 +11,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use svc_lb_tests::lab::privileged;
 use svc_lb_tests::prog::differential::{self, Plan};
-use svc_lb_tests::prog::network;
+use svc_lb_tests::prog::{network, race};
 
-/// A bug: which lines of which file become what.
+/// A bug: which text of which file becomes what.
 struct Bug {
     name: &'static str,
     file: &'static str,
@@ -88,6 +89,24 @@ const BUGS: [Bug; 10] = [
     },
 ];
 
+/// Makes the time between finding a map element and copying it long enough for another CPU.
+const SLOW: Bug = Bug {
+    name: "an element is copied late",
+    file: "conntrack.rs",
+    is: "    // SAFETY: the element stays mapped while the program runs; that its content may change\n",
+    becomes: "    let mut waited = 0;\n    while waited < 64 {\n        // SAFETY: a helper without arguments.\n        \
+              unsafe { aya_ebpf::helpers::generated::bpf_ktime_get_ns() };\n        waited += 1;\n    }\n\
+              // SAFETY: the element stays mapped\n",
+};
+
+/// Takes what was copied for what was looked for.
+const UNCHECKED: Bug = Bug {
+    name: "copies are not checked",
+    file: "conntrack.rs",
+    is: "if !flow.belongs_to(key) {",
+    becomes: "if flow.check == 0 && !flow.belongs_to(key) {",
+};
+
 /// What each bug is searched with: a part of what the tests of the real programs do.
 const PLAN: Plan = Plan {
     seed: 1,
@@ -96,16 +115,19 @@ const PLAN: Plan = Plan {
     count_each: false,
 };
 
+/// How long two CPUs fight for the elements.
+const RACE: Duration = Duration::from_secs(5);
+
 #[test]
 fn every_seeded_bug_is_caught() {
     if !privileged() {
         return;
     }
-    let workspace = copy_workspace();
+    let (_turn, workspace) = copy_workspace();
     let mut missed = Vec::new();
     for bug in &BUGS {
         let begin = Instant::now();
-        let object = build(&workspace, bug);
+        let object = build(&workspace, &[bug]);
         let (built, begin) = (begin.elapsed(), Instant::now());
         let result = network::private(|network| differential::run(network, &object, &PLAN));
         let found = begin.elapsed();
@@ -127,12 +149,35 @@ fn every_seeded_bug_is_caught() {
     assert!(missed.is_empty(), "missed: {missed:?}");
 }
 
+/// A value pointer may be somebody else's entry: with a long look at each element that does happen, the check word
+/// notices it, and without the check packets get another entry's translation.
+#[test]
+fn a_reused_element_is_noticed_by_its_check_word() {
+    if !privileged() {
+        return;
+    }
+    let (_turn, workspace) = copy_workspace();
+    let run = |bugs: &[&Bug]| {
+        let object = build(&workspace, bugs);
+        let race = network::private(|network| race::take_turns(network, &object, RACE));
+        println!("{race:?}");
+        race
+    };
+    let checked = run(&[&SLOW]);
+    assert!(checked.mismatches > 0, "{checked:?}");
+    assert_eq!(checked.wrong, None);
+    let unchecked = run(&[&SLOW, &UNCHECKED]);
+    assert!(unchecked.wrong.is_some(), "{unchecked:?}");
+}
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// Copies what the programs are built from; the programs' own sources come with each bug.
-fn copy_workspace() -> PathBuf {
+/// Copies what the programs are built from; the programs' own sources come with each bug. One test at a time has it.
+fn copy_workspace() -> (MutexGuard<'static, ()>, PathBuf) {
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let workspace = std::path::absolute(root().join("target/seeded-bugs")).unwrap();
     fs::create_dir_all(&workspace).unwrap();
     for file in ["Cargo.lock", "rust-toolchain.toml"] {
@@ -161,25 +206,21 @@ fn copy_workspace() -> PathBuf {
             &|_, text| text,
         );
     }
-    workspace
+    (turn, workspace)
 }
 
-/// Puts a bug into the copy and builds it.
-fn build(workspace: &Path, bug: &Bug) -> PathBuf {
+/// Puts bugs into the copy and builds it.
+fn build(workspace: &Path, bugs: &[&Bug]) -> PathBuf {
     let sources = Path::new("svc-lb-ebpf").join("src");
-    let file = root().join(&sources).join(bug.file);
-    copy(
-        &root().join(&sources),
-        &workspace.join(&sources),
-        &|path, text| {
-            if path != file {
-                return text;
-            }
+    let from = root().join(&sources);
+    copy(&from, &workspace.join(&sources), &|path, text| {
+        let here = bugs.iter().filter(|bug| path == from.join(bug.file));
+        here.fold(text, |text, bug| {
             let places = text.matches(bug.is).count();
             assert_eq!(places, 1, "{}: {:?} in {}", bug.name, bug.is, bug.file);
             text.replace(bug.is, bug.becomes)
-        },
-    );
+        })
+    });
     let status = Command::new(env!("CARGO"))
         .args(["run", "--quiet", "--package", "xtask", "--"])
         .args(["build", "--bpf-only", "--bpf-workspace"])
@@ -187,7 +228,7 @@ fn build(workspace: &Path, bug: &Bug) -> PathBuf {
         .current_dir(root())
         .status()
         .unwrap();
-    assert!(status.success(), "{}: the programs are not built", bug.name);
+    assert!(status.success(), "the programs are not built");
     workspace.join("svc-lb")
 }
 

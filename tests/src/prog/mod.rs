@@ -13,6 +13,7 @@
 pub mod differential;
 pub mod frame;
 pub mod network;
+pub mod race;
 pub mod random;
 pub mod reference;
 pub mod rig;
