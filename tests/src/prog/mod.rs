@@ -2,7 +2,7 @@
 //! BPF_PROG_TEST_RUN.
 //!
 //! [`network::private`] gives a test the interfaces, [`Rig`] the programs and maps, [`Frame`] the packets.
-//! [`reference`] is the same dataplane in plain Rust, and [`differential`] runs [`random`] packets through both.
+//! [`mod@reference`] is the same dataplane in plain Rust, and [`differential`] runs [`random`] packets through both.
 
 #![expect(
     clippy::missing_panics_doc,

@@ -1,6 +1,6 @@
 //! The dataplane in plain Rust: what a packet must see, written from the rules and not from the programs.
 //!
-//! A flow is one [`Connection`] here, found by what its client sends and by what its backend answers; the programs keep
+//! A flow is one `Connection` here, found by what its client sends and by what its backend answers; the programs keep
 //! two map entries that must always say the same. Headers are read and changed in a byte slice; checksums are kept right
 //! by arithmetic modulo 65,535, so that a frame that came with a wrong one leaves with one as wrong.
 //!

@@ -49,7 +49,7 @@ pub struct Setup {
     pub object: PathBuf,
     /// The frozen settings.
     pub config: Config,
-    /// Sizes of maps, where others than [`SIZES`] are wanted.
+    /// Sizes of maps, where others than `SIZES` are wanted.
     pub sizes: Vec<(&'static str, u32)>,
 }
 
