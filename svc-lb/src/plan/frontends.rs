@@ -79,6 +79,12 @@ impl Entry {
             && matches!(self.programmed, Programmed::Absent)
     }
 
+    /// Whether the map says that this is an address of the node.
+    fn is_node(&self, at: &FrontendAt) -> bool {
+        let node = |value: FrontendValue| value.kind == kind::NODE_PORT;
+        at.is_address() && matches!(self.programmed, Programmed::Value(value) if node(value))
+    }
+
     const fn is_wanted(&self) -> bool {
         !self.claimants.is_empty() || self.uses.kind().is_some()
     }
@@ -94,6 +100,8 @@ pub(super) struct Frontends {
     /// Keys that may differ from what is wanted.
     dirty: BTreeSet<FrontendAt>,
     guard_words: u32,
+    /// Somebody has said which addresses are the node's.
+    node_known: bool,
     /// Guard bits of what left, released when it is out of the map.
     leaving: Vec<GuardBit>,
 }
@@ -227,6 +235,19 @@ impl Frontends {
         self.dirty.extend(unclaimed);
     }
 
+    /// From now on the claims tell which addresses are the node's; until then the map does.
+    pub(super) fn node_is_known(&mut self) {
+        if !std::mem::replace(&mut self.node_known, true) {
+            let nodes = self.entries.iter().filter(|(at, entry)| entry.is_node(at));
+            self.dirty.extend(nodes.map(|(at, _)| *at));
+        }
+    }
+
+    /// Whether somebody has said which addresses are the node's.
+    pub(super) const fn knows_node(&self) -> bool {
+        self.node_known
+    }
+
     /// Whether something may differ.
     pub(super) fn is_dirty(&self) -> bool {
         !self.dirty.is_empty() || !self.leaving.is_empty()
@@ -239,7 +260,7 @@ impl Frontends {
     ) -> Vec<(FrontendAt, Difference)> {
         let difference = |at: &FrontendAt| {
             let entry = self.entries.get(at)?;
-            let wanted = wanted(at, entry, &index_of);
+            let wanted = self.wanted(at, entry, &index_of);
             let difference = match (wanted, entry.programmed) {
                 (Some(wanted), Programmed::Value(value)) if wanted == value => return None,
                 (None, Programmed::Absent) => return None,
@@ -249,6 +270,24 @@ impl Frontends {
             Some((*at, difference))
         };
         self.dirty.iter().filter_map(difference).collect()
+    }
+
+    fn wanted(
+        &self,
+        at: &FrontendAt,
+        entry: &Entry,
+        index_of: impl Fn(&PortKey) -> Option<u32>,
+    ) -> Option<FrontendValue> {
+        if at.is_address() {
+            let node = (!self.node_known && entry.is_node(at)).then_some(kind::NODE_PORT);
+            let kind = node.or(entry.uses.kind())?;
+            return Some(FrontendValue { service: 0, kind });
+        }
+        let (port, kind) = entry.claimants.first()?;
+        Some(FrontendValue {
+            service: index_of(port)?,
+            kind: *kind,
+        })
     }
 
     /// A key was written: it holds `value` or, with `None`, nothing.
@@ -308,22 +347,6 @@ impl Frontends {
             *self.used.of_mut(at.family()) -= 1;
         }
     }
-}
-
-fn wanted(
-    at: &FrontendAt,
-    entry: &Entry,
-    index_of: impl Fn(&PortKey) -> Option<u32>,
-) -> Option<FrontendValue> {
-    if at.is_address() {
-        let kind = entry.uses.kind()?;
-        return Some(FrontendValue { service: 0, kind });
-    }
-    let (port, kind) = entry.claimants.first()?;
-    Some(FrontendValue {
-        service: index_of(port)?,
-        kind: *kind,
-    })
 }
 
 fn port_bit(at: &FrontendAt) -> Option<GuardBit> {

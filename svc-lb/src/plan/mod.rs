@@ -186,13 +186,15 @@ impl Planner {
         self.set_service(service, Vec::new());
     }
 
-    /// Says which of the node's addresses serve NodePorts.
+    /// Says which of the node's addresses serve NodePorts. After a restart, those that were
+    /// programmed stay until this is said.
     pub fn set_node_addresses(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
         self.node = addresses
             .into_iter()
             .filter(|address| !address.is_unspecified())
             .collect();
         self.node_dirty = true;
+        self.frontends.node_is_known();
     }
 
     /// Says that the initial lists are complete: what is programmed and was not claimed until now
@@ -215,7 +217,7 @@ impl Planner {
             || self
                 .restored
                 .as_ref()
-                .is_some_and(|restored| restored.remove_unclaimed)
+                .is_some_and(|restored| restored.removes(self.frontends.knows_node()))
     }
 
     /// Plans everything that is pending. Numbers are given here and kept, so a plan that is not
@@ -267,13 +269,17 @@ impl Planner {
             self.drop_port(index);
         }
         let bits = self.frontends.settled();
-        let swept = self
+        let removed = self
             .restored
             .take_if(|restored| restored.removal_planned)
             .is_some();
+        let find_unheld = removed && self.frontends.knows_node();
+        if removed && !find_unheld {
+            self.restored = Some(Restored::only_nodes());
+        }
         let retired = self.retire();
         retired.guard.extend(bits);
-        retired.find_unheld |= swept;
+        retired.find_unheld |= find_unheld;
         self.drop_empty_epoch();
     }
 
@@ -733,7 +739,9 @@ impl Planner {
 
     fn plan_unclaimed(&mut self, draft: &mut Draft) {
         match &mut self.restored {
-            Some(restored) if restored.remove_unclaimed => restored.removal_planned = true,
+            Some(restored) if restored.removes(self.frontends.knows_node()) => {
+                restored.removal_planned = true;
+            }
             _ => return,
         }
         self.frontends.touch_unclaimed();

@@ -52,6 +52,8 @@ pub(super) struct Restored {
     pub(super) remove_unclaimed: bool,
     /// The latest plan removes it.
     pub(super) removal_planned: bool,
+    /// It is gone, but for node addresses: nobody has said yet which there are.
+    pub(super) only_nodes_left: bool,
     index_at: BTreeMap<FrontendAt, u32>,
     frontends_of: BTreeMap<u32, Vec<FrontendAt>>,
     /// Indexes that no frontend leads to, by their backends: a service that was being added.
@@ -61,6 +63,20 @@ pub(super) struct Restored {
 }
 
 impl Restored {
+    /// When all is removed but node addresses.
+    pub(super) fn only_nodes() -> Self {
+        Self {
+            remove_unclaimed: true,
+            only_nodes_left: true,
+            ..Self::default()
+        }
+    }
+
+    /// Whether something is to be removed, given whether the node's addresses are known.
+    pub(super) const fn removes(&self, node_known: bool) -> bool {
+        self.remove_unclaimed && (node_known || !self.only_nodes_left)
+    }
+
     /// The frontends that led to an index at start.
     pub(super) fn leading_to(&self, index: u32) -> impl Iterator<Item = FrontendAt> {
         self.frontends_of.get(&index).into_iter().flatten().copied()

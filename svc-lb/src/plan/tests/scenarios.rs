@@ -520,6 +520,7 @@ fn nothing_is_removed_before_the_initial_lists_are_complete() {
     assert!(memory.snapshot().unwrap() == before, "no write at all");
 
     planner.remove_unclaimed();
+    planner.set_node_addresses([]);
     assert!(planner.is_pending());
     step(&mut planner, &mut memory);
     sweep(&mut planner, &mut memory, CLOCK).unwrap();
@@ -527,6 +528,72 @@ fn nothing_is_removed_before_the_initial_lists_are_complete() {
     check_tables(&wanted, &BTreeSet::new(), &planner, &memory);
     check_guard(&wanted, &BTreeSet::new(), &memory);
     assert!(!planner.is_pending());
+}
+
+#[test]
+fn node_addresses_stay_until_somebody_says_which_there_are() {
+    let (mut planner, mut memory) = planned(&[port(0, &[1])]);
+    let nodes = [1, 2].map(|host| ip(Family::V4, 9, host));
+    planner.set_node_addresses(nodes);
+    step(&mut planner, &mut memory);
+    let mut planner = Planner::restore(&memory.snapshot().unwrap());
+    planner.remove_unclaimed();
+    step(&mut planner, &mut memory);
+    sweep(&mut planner, &mut memory, CLOCK).unwrap();
+    assert!(!planner.is_pending());
+    let left: Vec<_> = memory.frontends().keys().copied().collect();
+    assert_eq!(left, nodes.map(FrontendAt::address));
+    let bit = |host| GuardBit::address(ip(Family::V4, 9, host), NODE, memory.sizes().guard_words);
+    let bits = [bit(1), bit(2)];
+    assert!(bits.iter().all(|bit| memory.guarded(*bit)));
+
+    planner.set_node_addresses([nodes[1]]);
+    step(&mut planner, &mut memory);
+    sweep(&mut planner, &mut memory, CLOCK).unwrap();
+    let left: Vec<_> = memory.frontends().keys().copied().collect();
+    assert_eq!(left, [FrontendAt::address(nodes[1])]);
+    assert_eq!(bits.map(|bit| memory.guarded(bit)), [false, true]);
+    check_guard(&Wanted::new(), &BTreeSet::from([nodes[1]]), &memory);
+}
+
+#[test]
+fn a_node_address_that_is_also_a_load_balancers_stays_the_nodes_over_a_restart() {
+    let mut outside = port(0, &[1]);
+    outside.frontends.push(external(Family::V4, 1));
+    let (mut planner, mut memory) = planned(std::slice::from_ref(&outside));
+    let address = ip(Family::V4, 9, 1);
+    planner.set_node_addresses([address]);
+    step(&mut planner, &mut memory);
+    let before = memory.snapshot().unwrap();
+    let mut planner = Planner::restore(&before);
+    set(&mut planner, &[outside]);
+    planner.remove_unclaimed();
+    step(&mut planner, &mut memory);
+    planner.set_node_addresses([address]);
+    step(&mut planner, &mut memory);
+    assert!(memory.snapshot().unwrap() == before, "no write at all");
+
+    planner.set_node_addresses([]);
+    step(&mut planner, &mut memory);
+    let value = memory.frontend(&FrontendAt::address(address)).unwrap();
+    assert_eq!(value.kind, kind::EXTERNAL_IP);
+}
+
+#[test]
+fn a_load_balancers_address_that_was_the_nodes_before_a_restart_is_put_right() {
+    let mut outside = port(0, &[1]);
+    outside.frontends.push(external(Family::V4, 1));
+    let (mut planner, mut memory) = planned(std::slice::from_ref(&outside));
+    let address = ip(Family::V4, 9, 1);
+    planner.set_node_addresses([address]);
+    step(&mut planner, &mut memory);
+    let mut planner = Planner::restore(&memory.snapshot().unwrap());
+    set(&mut planner, std::slice::from_ref(&outside));
+    planner.remove_unclaimed();
+    step(&mut planner, &mut memory);
+    planner.set_node_addresses([]);
+    let wanted = Wanted::from([(v4(0), outside)]);
+    settle(&mut planner, &mut memory, &wanted, &BTreeSet::new());
 }
 
 #[test]
