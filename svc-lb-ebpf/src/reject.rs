@@ -114,7 +114,8 @@ pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
     let l3 = met.l3 as usize;
     let length = (met.l4 as usize).saturating_sub(l3) + TRANSPORT;
     // What the verifier must know of the length, whatever the offsets were.
-    let words = opaque((length / 4).clamp(1, MAX_QUOTED_WORDS));
+    // One is added last: verifiers before 6.8 learn nothing from a comparison with 0.
+    let words = opaque(length / 4 - 1).min(MAX_QUOTED_WORDS - 1) + 1;
     let quoted = words * 4;
     let icmp = l3 + F::HEADER;
     let message = icmp + ICMP;

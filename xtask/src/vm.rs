@@ -91,16 +91,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::ensure(&[Need::Build, Need::Vm])?;
     setup::debian_keys()?;
     build::bpf_object()?;
-    let agent = build::agent(true)?;
-    proc::run(proc::cargo().args([
-        "build",
-        "--release",
-        "--package",
-        "svc-lb-tests",
-        "--bin",
-        INIT,
-    ]))?;
-    let init = proc::target_dir().join("release").join(INIT);
+    // The profile that tests and demo use, so that a fresh machine builds once.
+    let agent = build::agent(false)?;
+    proc::run(proc::cargo().args(["build", "--package", "svc-lb-tests", "--bin", INIT]))?;
+    let init = proc::target_dir().join("debug").join(INIT);
 
     let mut kernels = args.kernels.clone();
     if kernels.contains(&Kernel::All) {
