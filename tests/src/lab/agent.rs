@@ -169,12 +169,6 @@ impl AgentProcess {
         &self.pin_dir
     }
 
-    /// The agent's log file.
-    #[must_use]
-    pub fn log(&self) -> &Path {
-        &self.log
-    }
-
     /// The last lines of the log.
     #[must_use]
     pub fn log_tail(&self) -> String {

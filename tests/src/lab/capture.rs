@@ -37,8 +37,6 @@ pub struct Seen {
 
 /// TCP flag SYN.
 pub const SYN: u8 = 0x02;
-/// TCP flag RST.
-pub const RST: u8 = 0x04;
 
 /// A running capture; [`Capture::stop`] gives what it saw.
 #[derive(Debug)]

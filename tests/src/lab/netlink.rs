@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use anyhow::{Context as _, Result};
 use futures::TryStreamExt as _;
-use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute, LinkMessage};
+use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth, LinkMessage};
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
@@ -127,20 +127,6 @@ impl Netlink {
         )
     }
 
-    /// Takes an interface down.
-    pub fn down(&self, name: &str) -> Result<()> {
-        let message = LinkUnspec::new_with_index(self.index(name)?).down().build();
-        self.set(name, message)
-    }
-
-    /// Sets an interface's Ethernet address.
-    pub fn set_mac(&self, name: &str, mac: Mac) -> Result<()> {
-        let message = LinkUnspec::new_with_index(self.index(name)?)
-            .address(mac.to_vec())
-            .build();
-        self.set(name, message)
-    }
-
     /// Removes an interface, for a veth both ends.
     pub fn remove(&self, name: &str) -> Result<()> {
         let index = self.index(name)?;
@@ -196,20 +182,6 @@ impl Netlink {
     /// An interface's index.
     pub fn index(&self, name: &str) -> Result<u32> {
         Ok(self.link(name)?.header.index)
-    }
-
-    /// An interface's Ethernet address.
-    pub fn mac(&self, name: &str) -> Result<Mac> {
-        self.link(name)?
-            .attributes
-            .into_iter()
-            .find_map(|attribute| {
-                if let LinkAttribute::Address(bytes) = attribute {
-                    return Mac::try_from(bytes).ok();
-                }
-                None
-            })
-            .with_context(|| format!("{name} has no Ethernet address"))
     }
 
     fn link(&self, name: &str) -> Result<LinkMessage> {

@@ -119,15 +119,6 @@ impl Namespace {
         self.run(|| fs::write(&path, value))
             .with_context(|| format!("write {value} to {} in {}", path.display(), self.name))
     }
-
-    /// Reads a sysctl of this namespace.
-    pub fn read_sysctl(&self, key: &str) -> Result<String> {
-        let path = sysctl_path(key);
-        let text = self
-            .run(|| fs::read_to_string(&path))
-            .with_context(|| format!("read {} in {}", path.display(), self.name))?;
-        Ok(text.trim().to_owned())
-    }
 }
 
 impl Drop for Namespace {

@@ -27,12 +27,6 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process id.
-    #[must_use]
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// The exit status if it has ended.
     pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
         self.child
