@@ -1,9 +1,12 @@
 //! The only place that names the kernel's verdicts.
 
 use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
-use aya_ebpf::helpers::generated::bpf_redirect;
-use svc_lb_common::outcome::{Fate, Outcome};
+use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_redirect};
+use aya_log_ebpf::info;
+use svc_lb_common::config::DIAGNOSTICS;
+use svc_lb_common::outcome::{Fate, Hook, Outcome};
 
+use crate::config::enabled;
 use crate::packet::{Packet, Step};
 use crate::stats;
 
@@ -35,6 +38,23 @@ fn count<P: Packet>(packet: &P, verdict: &Step<Verdict>) {
     if outcome != Outcome::NotOurs {
         stats::outcome(packet.hook(), outcome);
     }
+    if enabled(DIAGNOSTICS) && outcome.fate() == Fate::Drop {
+        diagnose(packet.hook(), packet.interface(), outcome);
+    }
+}
+
+/// Tells an operator who has asked for it about one drop in sixteen. Without the setting, which is
+/// frozen, the verifier removes the call.
+#[inline(never)]
+fn diagnose(hook: Hook, interface: u32, outcome: Outcome) {
+    // SAFETY: a helper without arguments.
+    if unsafe { bpf_get_prandom_u32() } & 15 != 0 {
+        return;
+    }
+    info!(
+        (),
+        "dropped: hook {}, interface {}, outcome {}", hook as u32, interface, outcome as u32
+    );
 }
 
 /// The verdict for XDP.
