@@ -11,9 +11,9 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::proc;
 
-const MIRROR: &str = "http://deb.debian.org/debian";
-/// Where releases go some time after their end of life.
-const ARCHIVE: &str = "http://archive.debian.org/debian";
+/// Names a Debian mirror where the machine's own apt sources have none (Ubuntu), or where a suite has
+/// moved to the archive of old releases.
+const MIRROR: &str = "SVC_LB_DEBIAN_MIRROR";
 pub(crate) const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// One Debian suite, with a state of its own under `target/apt/<suite>`.
@@ -42,24 +42,16 @@ impl Suite {
             let dir = suite.dir.join(dir);
             fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         }
-        suite.update(&mirror()).or_else(|error| {
-            eprintln!("  {error:#}\n  trying Debian's archive of old releases");
-            suite.update(ARCHIVE)
-        })?;
+        suite.update(&mirror()?)?;
         Ok(suite)
     }
 
     /// Points the suite to `mirror` and fetches its package lists.
     fn update(&self, mirror: &str) -> Result<()> {
         let source = format!(
-            "Types: deb\nURIs: {mirror}\nSuites: {}\nComponents: main\nSigned-By: {KEYRING}\n{}",
+            "Types: deb\nURIs: {mirror}\nSuites: {}\nComponents: main\nSigned-By: {KEYRING}\n\
+             Check-Valid-Until: no\n",
             self.name,
-            // Lists in the archive are not signed anew.
-            if mirror == ARCHIVE {
-                "Check-Valid-Until: no\n"
-            } else {
-                ""
-            }
         );
         fs::write(self.dir.join("sources/debian.sources"), source)
             .context("write the private apt source")?;
@@ -167,8 +159,11 @@ pub(crate) fn unpack(deb: &Path, subtree: &str, strip: usize, into: &Path) -> Re
     Ok(())
 }
 
-/// The Debian mirror this machine uses, else Debian's own.
-fn mirror() -> String {
+/// The Debian mirror that [`MIRROR`] names, else the one this machine uses.
+fn mirror() -> Result<String> {
+    if let Ok(named) = std::env::var(MIRROR) {
+        return Ok(named);
+    }
     let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
     if let Ok(dir) = fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(dir.flatten().map(|entry| entry.path()));
@@ -177,7 +172,7 @@ fn mirror() -> String {
         .iter()
         .filter_map(|file| fs::read_to_string(file).ok())
         .find_map(|text| debian_mirror(&text))
-        .unwrap_or_else(|| MIRROR.to_owned())
+        .with_context(|| format!("no Debian mirror among apt's sources: name one in {MIRROR}"))
 }
 
 /// The first URI of a Debian archive (not the security one) in the text of an apt source file of either format.
@@ -266,7 +261,7 @@ mod tests {
     #[test]
     fn other_archives_are_not_taken_for_debian() {
         for text in [
-            "URIs: http://deb.debian.org/debian-security\n",
+            "URIs: http://mirror.example/debian-security\n",
             "deb http://archive.ubuntu.com/ubuntu noble main\n",
             "# deb http://mirror.example/debian bookworm main\n",
         ] {
