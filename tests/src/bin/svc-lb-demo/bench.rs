@@ -8,6 +8,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use serde_json::json;
 use svc_lb_tests::lab::addresses::SERVICES;
 use svc_lb_tests::lab::client::Client;
@@ -23,9 +25,9 @@ use crate::show::{Show, note};
 const TARGET: &str = "kubia-1";
 const PORT: u16 = 5201;
 /// Pairs of measurements, one each way; short, so that both ways meet the same machine.
-const ROUNDS: usize = 40;
+const ROUNDS: usize = 60;
 /// Length of one measurement, after a start that is not counted.
-const ROUND: Duration = Duration::from_millis(150);
+const ROUND: Duration = Duration::from_millis(100);
 const START: Duration = Duration::from_millis(50);
 /// What the way through the ClusterIP must keep.
 const GOAL: f64 = 0.95;
@@ -39,7 +41,14 @@ pub(crate) fn run(lab: &Lab, examples: &Examples, show: &mut Show) -> Result<()>
         .pods([target]);
     let list = json!({"apiVersion": "v1", "kind": "List", "items": service.objects()});
     examples.add("bench.json", &list.to_string())?;
-    let sink = server::sink(target.ns(), PORT)?;
+    // Two threads that chase each other over the CPUs would make the figures a scheduler's.
+    let cpus = sched_getaffinity(Pid::from_raw(0))?;
+    let [sender_cpu, sink_cpu] = two_of(&cpus)?;
+    // The sink's threads inherit it.
+    sched_setaffinity(Pid::from_raw(0), &sink_cpu)?;
+    let sink = server::sink(target.ns(), PORT);
+    sched_setaffinity(Pid::from_raw(0), &cpus)?;
+    let sink = sink?;
 
     show.section(
         "bench",
@@ -54,8 +63,8 @@ pub(crate) fn run(lab: &Lab, examples: &Examples, show: &mut Show) -> Result<()>
             Duration::from_secs(5),
             || client.connect(vip).map(drop).context("connect"),
         );
-        let direct = Stream::open(lab, direct)?;
-        let vip = Stream::open(lab, vip)?;
+        let direct = Stream::open(lab, direct, sender_cpu)?;
+        let vip = Stream::open(lab, vip, sender_cpu)?;
         let (mut directs, mut vips) = (Vec::new(), Vec::new());
         for round in 0..ROUNDS {
             go_on()?;
@@ -87,6 +96,18 @@ pub(crate) fn run(lab: &Lab, examples: &Examples, show: &mut Show) -> Result<()>
     Ok(())
 }
 
+/// The first and the last CPU that we may run on, which may be one and the same.
+fn two_of(cpus: &CpuSet) -> Result<[CpuSet; 2]> {
+    let usable = |cpu: &usize| cpus.is_set(*cpu).unwrap_or(false);
+    let first = (0..CpuSet::count()).find(usable).context("no CPU")?;
+    let last = (0..CpuSet::count()).rfind(usable).context("no CPU")?;
+    let mut sets = [CpuSet::new(); 2];
+    for (set, cpu) in sets.iter_mut().zip([first, last]) {
+        set.set(cpu)?;
+    }
+    Ok(sets)
+}
+
 /// One TCP connection that sends when it is told to.
 struct Stream {
     to: SocketAddr,
@@ -96,7 +117,7 @@ struct Stream {
 }
 
 impl Stream {
-    fn open(lab: &Lab, to: SocketAddr) -> Result<Self> {
+    fn open(lab: &Lab, to: SocketAddr, cpu: CpuSet) -> Result<Self> {
         let mut stream = Client::of(lab.pod(SHELL).ns())
             .connect(to)
             .with_context(|| format!("connect to {to}"))?;
@@ -106,6 +127,8 @@ impl Stream {
         );
         let (go, end) = (Arc::clone(&send), Arc::clone(&over));
         let sender = thread::spawn(move || {
+            // Where it may not be pinned, it wanders: the figures only spread more.
+            let _pinned = sched_setaffinity(Pid::from_raw(0), &cpu);
             let chunk = vec![0x5a; 256 * 1024];
             while !end.load(Ordering::Relaxed) {
                 if !go.load(Ordering::Relaxed) {
