@@ -91,14 +91,13 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
 #[inline(always)]
 fn ended<F: Stack>(met: &Met<F::Addr>) -> bool {
     let flow = &met.flow;
-    if flow.traits & (flow::REVERSE | flow::DIRECT) != 0 {
+    if flow.traits & flow::REVERSE != 0 || !met.is_udp() && !met.is_bare_syn() {
         return false;
     }
-    if met.is_udp() {
-        return !select::still_serves::<F>(flow.backend, flow.generation);
+    if state::closed(flow.state) {
+        return true;
     }
-    met.is_bare_syn()
-        && (state::closed(flow.state) || !select::still_serves::<F>(flow.backend, flow.generation))
+    flow.traits & flow::DIRECT == 0 && !select::still_serves::<F>(flow.backend, flow.generation)
 }
 
 /// A packet along a known flow.
@@ -141,7 +140,7 @@ fn decide<F: Stack>(
     let target = match service::find::<F>(met) {
         Ok(Aim::Service(target)) => target,
         Ok(Aim::UndefinedPort) => return Ok(Decision::Reject),
-        Err(Outcome::NoFrontend) => return direct::<F>(met, bits, hook),
+        Err(Outcome::NoFrontend) => return direct::<F>(met, bits, hook, ended),
         Err(outcome) => return Err(outcome),
     };
     let from_pod = bits & POD != 0;
@@ -209,11 +208,14 @@ fn nobody(target: &Target) -> Step<Decision> {
 /// A packet sent directly to a backend: where a flow through a frontend has the same tuple behind
 /// it, the newcomer's source port is translated, so that their answers can be told apart.
 #[inline(always)]
-fn direct<F: Stack>(met: &mut Met<F::Addr>, edge: u32, hook: Hook) -> Step<Decision> {
+fn direct<F: Stack>(met: &mut Met<F::Addr>, edge: u32, hook: Hook, ended: bool) -> Step<Decision> {
     // What XDP has translated arrives here as if it had been sent directly.
     let seen_by_xdp = edge & XDP != 0 && hook != Hook::XdpIngress;
     if !met.concern.backend() || !met.is_bare_syn() || seen_by_xdp {
         return Err(Outcome::NoFrontend);
+    }
+    if ended {
+        conntrack::forget::<F>(&met.key, &met.flow, &mut met.reverse_key);
     }
     met.flow.source = met.key.source;
     met.flow.destination = met.key.destination;

@@ -16,13 +16,12 @@ pub(crate) fn transport<P: Packet>(packet: &P, payload: &Payload) -> Step<Transp
     let l4 = payload.l4;
     match Protocol::from_number(payload.protocol) {
         Some(Protocol::Tcp) => {
-            // Up to the end of the checksum, which is about to change.
+            // All of it up to the options: no more than that is changed.
             packet.ensure(l4 + TcpHdr::LEN)?;
-            let [_, flags, ..] = packet.load::<[u8; 6]>(l4 + offset_of!(TcpHdr, _bitfield_1))?;
+            let [_, flags, ..] = packet.load::<[u8; 8]>(l4 + offset_of!(TcpHdr, _bitfield_1))?;
             ports(packet, Protocol::Tcp, l4, flags)
         }
         Some(Protocol::Udp) => {
-            // As above.
             packet.ensure(l4 + UdpHdr::LEN)?;
             packet.load::<u16>(l4 + offset_of!(UdpHdr, check))?;
             ports(packet, Protocol::Udp, l4, 0)

@@ -385,12 +385,12 @@ impl Reference {
     /// Whether the packet along a flow wants a new one.
     fn has_ended(&self, id: u64, side: Side, read: &Read) -> bool {
         let connection = self.flows.connections[&id];
-        let Some((backend, generation, _)) = connection.member else {
-            return false;
-        };
         if side == Side::Backend {
             return false;
         }
+        let Some((backend, generation, _)) = connection.member else {
+            return read.opens() && connection.is_closed();
+        };
         let family = Family::of(connection.backend.ip());
         let serves = self
             .tables
@@ -447,7 +447,7 @@ impl Reference {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(Exit::Refuse),
             Err(Outcome::NoFrontend) => {
-                return self.open_direct(at.hook, bits, hints, read, events);
+                return self.open_direct(at.hook, bits, hints, read, ended, events);
             }
             Err(outcome) => return Err(outcome),
         };
@@ -498,11 +498,15 @@ impl Reference {
         bits: u32,
         hints: u8,
         read: &Read,
+        ended: Option<(u64, Side)>,
         events: &mut Vec<Event>,
     ) -> Step<Exit> {
         let translated_before = bits & edge::XDP != 0 && hook == Hook::TcIngress;
         if hints & BACKEND == 0 || !read.opens() || translated_before {
             return Err(Outcome::NoFrontend);
+        }
+        if let Some((id, _)) = ended {
+            self.flows.remove(id);
         }
         let (client, backend) = (read.tuple.source, read.tuple.destination);
         let connection = Connection {
@@ -1046,21 +1050,16 @@ const fn part(offset: u16, more: bool) -> Option<bool> {
 /// Reads ports and flags of what we translate.
 fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
     let (frame, l4) = (at.frame, payload.l4);
-    let (header, needed) = match payload.protocol {
-        next::TCP if at.hook == Hook::XdpIngress => (20, 18),
-        next::TCP => (20, 20),
-        next::UDP => (8, 8),
+    let tcp = match payload.protocol {
+        next::TCP => {
+            let [_, flags, ..] = bytes::<8>(frame, l4 + 12)?;
+            flags
+        }
+        next::UDP => {
+            let _checksum = bytes::<2>(frame, l4 + 6)?;
+            0
+        }
         _ => return Err(Outcome::OtherProtocol),
-    };
-    if frame.len() < l4 + needed {
-        return Err(Outcome::Malformed);
-    }
-    let tcp = if header == 20 {
-        let [_, flags, ..] = bytes::<6>(frame, l4 + 12)?;
-        flags
-    } else {
-        let _checksum = bytes::<2>(frame, l4 + 6)?;
-        0
     };
     let port = |offset| word(frame, l4 + offset).ok_or(Outcome::Malformed);
     Ok(Read {

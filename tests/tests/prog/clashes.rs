@@ -2,6 +2,7 @@
 
 use svc_lb_common::Protocol;
 use svc_lb_common::config::Config;
+use svc_lb_common::conntrack::flow;
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_tests::prog::Frame;
 use svc_lb_tests::prog::rig::Setup;
@@ -105,6 +106,44 @@ fn a_direct_connection_beside_a_flow() {
         // A stranger's segment to that backend is looked up and passes.
         let stranger = Frame::tcp(at_port(w.client, 9), w.remote, ACK);
         bench.pod_sends(&stranger).passed(Outcome::NoFrontend);
+    });
+}
+
+/// A SYN straight to a backend from the port of a direct flow that is over begins anew: with a translated port while the
+/// tuple is still taken, nothing left of how the last connection ended, and as it is once the tuple is free.
+#[test]
+fn a_direct_connection_after_another() {
+    for_families(|bench, w| {
+        bench.program(w.port(Protocol::Tcp).backends(&[w.remote]));
+        let through = Frame::tcp(w.client, w.vip, SYN);
+        let out = bench.open(&through);
+        let direct = Frame::tcp(w.client, w.remote, SYN);
+        let first = bench
+            .pod_sends(&direct)
+            .translated(Outcome::Open, &[Event::PortTranslated]);
+        bench.pod_gets(&first.answer(SYN | ACK)).parsed();
+        bench.pod_sends(&direct.with_flags(FIN | ACK)).parsed();
+        bench.pod_gets(&first.answer(FIN | ACK)).parsed();
+        let second = bench
+            .pod_sends(&direct)
+            .translated(Outcome::Open, &[Event::PortTranslated]);
+        assert_ne!(second.source, direct.source);
+        let direct_flows = |bench: &Bench| -> Vec<_> {
+            let flows = bench.rig.flows().into_iter();
+            flows
+                .filter(|flow| flow.traits & flow::DIRECT != 0)
+                .map(|flow| (flow.traits & flow::REVERSE != 0, flow.state))
+                .collect()
+        };
+        let mut states = direct_flows(bench);
+        states.sort_unstable();
+        assert_eq!(states, [(false, 0), (true, 0)]);
+
+        // Both are over: nobody is in the way.
+        bench.pod_gets(&second.answer(RST | ACK)).parsed();
+        bench.pod_gets(&out.answer(RST | ACK)).parsed();
+        bench.pod_sends(&direct).ignored();
+        assert_eq!(direct_flows(bench), []);
     });
 }
 
