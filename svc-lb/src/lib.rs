@@ -4,6 +4,7 @@ pub mod app;
 pub mod cli;
 pub mod compile;
 pub mod dataplane;
+pub mod health;
 pub mod model;
 pub mod node;
 pub mod observe;

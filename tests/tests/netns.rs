@@ -12,6 +12,8 @@ mod endings;
 mod endpoints;
 #[path = "netns/harness.rs"]
 mod harness;
+#[path = "netns/health.rs"]
+mod health;
 #[path = "netns/reach.rs"]
 mod reach;
 #[path = "netns/refusal.rs"]

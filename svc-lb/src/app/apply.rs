@@ -17,6 +17,8 @@ use crate::dataplane::clock::Clock;
 use crate::dataplane::kernel::{Flows, Kernel};
 use crate::dataplane::pins::Pins;
 use crate::dataplane::{GuardBit, bits_in_use, loader, sys};
+use crate::health;
+use crate::health::proxy::{Moment, ProxyHealth};
 use crate::model::{Batch, SourceId};
 use crate::node::Node;
 use crate::observe::status::{NodeStatus, ServicesStatus};
@@ -52,6 +54,10 @@ pub(super) struct Inputs {
     pub(super) batches: mpsc::Receiver<Batch>,
     pub(super) node: watch::Receiver<Arc<Node>>,
     pub(super) questions: mpsc::Receiver<Question>,
+    /// Told how far it is.
+    pub(super) proxy_health: Arc<ProxyHealth>,
+    /// Told which health checks to serve, where.
+    pub(super) health_checks: mpsc::UnboundedSender<health::services::Edit>,
     /// Told when the first complete lists are programmed.
     pub(super) programmed: watch::Sender<bool>,
     pub(super) cancel: CancellationToken,
@@ -63,6 +69,8 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
         mut batches,
         mut node,
         mut questions,
+        proxy_health,
+        health_checks,
         programmed,
         cancel,
     } = inputs;
@@ -79,6 +87,17 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
         if reconciler.programmed() {
             programmed.send_if_modified(|programmed| !std::mem::replace(programmed, true));
         }
+        if reconciler.settled() {
+            proxy_health.updated(Moment::now());
+            let changes = reconciler.take_health_changes();
+            if !changes.is_empty() {
+                // Who no longer listens ends with us.
+                drop(health_checks.send(health::services::Edit::Services(changes)));
+            }
+        }
+        if !reconciler.settled() || !batches.is_empty() {
+            proxy_health.queued(Moment::now());
+        }
         if grace.is_none()
             && let Some(epoch) = reconciler.seal()
         {
@@ -94,7 +113,10 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
             Some(question) = questions.recv() => answer(&reconciler, question),
             count = batches.recv_many(&mut waiting, BATCHES), if sources_live => {
                 sources_live = count > 0;
+                // Who sent it said so too, but may have been overtaken by what was through before.
+                proxy_health.queued(Moment::now());
                 reconciler.take(waiting.drain(..));
+                proxy_health.set_node_leaves(reconciler.node_leaves());
             }
             Ok(()) = node.changed() => {
                 let addresses = node.borrow_and_update().addresses.clone();

@@ -4,6 +4,7 @@
 //! sources -> apply (reconciler: intake, control plane, model, compile, plan) -> maps
 //! netlink -> apply (NodePort addresses)
 //! netlink -> edges (choice, attach) -> links, edges map
+//! health servers <- apply
 //! admin socket <- all of them
 //! ```
 
@@ -36,7 +37,7 @@ use tracing::{info, warn};
 
 use self::admin::{Admin, AdminError};
 use self::reconcile::Reconciler;
-use self::status::Gatherer;
+use self::status::{Gatherer, HealthReport};
 use crate::compile::CompileOptions;
 use crate::dataplane::attach::{AttachError, Attacher, TcHook};
 use crate::dataplane::edges::EdgeSettings;
@@ -45,6 +46,8 @@ use crate::dataplane::loader::{self, LoadError, Programs};
 use crate::dataplane::pins::{PinError, PinLock, Pins};
 use crate::dataplane::sizes::{MapSizes, SizeOverride};
 use crate::dataplane::{DataplaneError, probe};
+use crate::health::proxy::{Bind, Moment, ProxyHealth};
+use crate::health::{proxy, services};
 use crate::model::{Batch, SourceId};
 use crate::node::{self, NodeError};
 use crate::observe::status::ProgramStatus;
@@ -79,6 +82,10 @@ pub struct Settings {
     pub edges: EdgeSettings,
     /// How tc programs are attached; by what the kernel has, if not said.
     pub tc: Option<TcHook>,
+    /// Where to answer `/healthz` and `/livez`.
+    pub healthz: Bind,
+    /// How long a change may take to be programmed; twice that is unhealthy.
+    pub sync_period: Duration,
     /// Where to answer `status` and its like.
     pub admin_socket: PathBuf,
 }
@@ -121,7 +128,10 @@ pub async fn run(settings: Settings) -> Result<(), AppError> {
     let signals = Signals::catch()?;
     // What can be wrong with the command line comes first: nothing is touched yet.
     let tasks = Tasks::default();
-    let (batch_sender, batches) = mpsc::channel(BATCHES);
+    let health = Arc::new(ProxyHealth::new(settings.sync_period * 2, Moment::now()));
+    let (batch_sender, queued) = mpsc::channel(1);
+    let (sender, batches) = mpsc::channel(BATCHES);
+    tokio::spawn(relay(queued, sender, Arc::clone(&health)));
     let mut sources = Vec::new();
     for (id, spec) in (0..).map(SourceId).zip(&settings.sources) {
         let cancel = tasks.cancel.clone();
@@ -150,6 +160,7 @@ pub async fn run(settings: Settings) -> Result<(), AppError> {
     let inputs = Started {
         sources,
         batches,
+        health,
         admin,
         reconciler,
     };
@@ -165,6 +176,20 @@ pub async fn run(settings: Settings) -> Result<(), AppError> {
             Ok(())
         }
         (_, ended) => Err(AppError::TaskEnded(ended.unwrap_or("?"))),
+    }
+}
+
+/// Passes batches on, and says that something waits before it does: the apply task may be busy.
+async fn relay(
+    mut queued: mpsc::Receiver<Batch>,
+    batches: mpsc::Sender<Batch>,
+    health: Arc<ProxyHealth>,
+) {
+    while let Some(batch) = queued.recv().await {
+        health.queued(Moment::now());
+        if batches.send(batch).await.is_err() {
+            return;
+        }
     }
 }
 
@@ -234,6 +259,7 @@ impl Prepared {
 struct Started {
     sources: Vec<source::Running>,
     batches: mpsc::Receiver<Batch>,
+    health: Arc<ProxyHealth>,
     admin: Admin,
     reconciler: Reconciler<Kernel>,
 }
@@ -255,6 +281,7 @@ async fn start(
     let Started {
         sources,
         batches,
+        health,
         admin,
         reconciler,
     } = started;
@@ -285,6 +312,7 @@ async fn start(
             cancel.clone(),
         ),
     );
+    let (health_checks, health_report) = start_health(settings.healthz, &health, tasks);
     let gatherer = Gatherer {
         started: Instant::now(),
         pins: pins.clone(),
@@ -293,6 +321,7 @@ async fn start(
         questions,
         edges: edge_status,
         node: node.clone(),
+        health: health_report,
     };
     tasks.spawn(
         "admin socket",
@@ -303,6 +332,8 @@ async fn start(
         batches,
         node,
         questions: question_receiver,
+        proxy_health: health,
+        health_checks,
         programmed,
         cancel: cancel.clone(),
     };
@@ -340,6 +371,34 @@ fn describe(programs: &Programs) -> Vec<ProgramStatus> {
             })
         })
         .collect()
+}
+
+/// Starts the servers that load balancers and probes ask.
+fn start_health(
+    healthz: Bind,
+    health: &Arc<ProxyHealth>,
+    tasks: &Tasks,
+) -> (mpsc::UnboundedSender<services::Edit>, HealthReport) {
+    let (edits, edit_receiver) = mpsc::unbounded_channel();
+    let (report, services) = watch::channel(services::Report::new());
+    let (failures, healthz_failures) = watch::channel(Vec::new());
+    let cancel = &tasks.cancel;
+    let serve = services::run(Arc::clone(health), edit_receiver, report);
+    tasks.spawn(
+        "health checks",
+        cancel.clone().run_until_cancelled_owned(serve),
+    );
+    if let Bind::At(address) = healthz {
+        let serve = proxy::serve(Arc::clone(health), address, failures);
+        tasks.spawn("healthz", cancel.clone().run_until_cancelled_owned(serve));
+    }
+    let report = HealthReport {
+        proxy: Arc::clone(health),
+        healthz,
+        healthz_failures,
+        services,
+    };
+    (edits, report)
 }
 
 /// Starts the thread that owns the reconciler: a long write then delays nobody else.

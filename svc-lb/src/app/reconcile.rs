@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
 use crate::compile::desired::PortKey;
-use crate::compile::{CompileOptions, Note, compile};
+use crate::compile::{CompileOptions, HealthCheck, Note, compile};
 use crate::dataplane::{self, Dataplane, GuardBit};
 use crate::model::{Batch, Intake, Model, ObjectName, SourceId};
 use crate::observe::status::{NodeStatus, ServiceNotes, ServicesStatus};
@@ -44,6 +44,8 @@ pub struct Reconciler<D> {
     planner: Planner,
     dataplane: D,
     compiled: BTreeMap<ObjectName, Outcome>,
+    /// Services whose health check is another one since they were last taken.
+    health_changes: BTreeSet<ObjectName>,
     refusals: Vec<plan::Refusal>,
     listed: bool,
     programmed: bool,
@@ -56,6 +58,7 @@ pub struct Reconciler<D> {
 #[derive(Debug, Default)]
 struct Outcome {
     ports: usize,
+    health_check: Option<HealthCheck>,
     notes: Vec<Note>,
 }
 
@@ -90,6 +93,7 @@ impl<D: Dataplane> Reconciler<D> {
             planner,
             dataplane,
             compiled: BTreeMap::new(),
+            health_changes: BTreeSet::new(),
             refusals: Vec::new(),
             listed: false,
             programmed: false,
@@ -147,6 +151,29 @@ impl<D: Dataplane> Reconciler<D> {
             }
             Err(error) => Some(self.failed(&error, now)),
         }
+    }
+
+    /// Everything that was taken in is programmed.
+    pub fn settled(&self) -> bool {
+        self.listed && !self.planner.is_pending()
+    }
+
+    /// Health checks that are others since this was last asked; none where a Service has none any
+    /// more.
+    pub fn take_health_changes(&mut self) -> Vec<(ObjectName, Option<HealthCheck>)> {
+        std::mem::take(&mut self.health_changes)
+            .into_iter()
+            .map(|name| {
+                let outcome = self.compiled.get(&name);
+                let check = outcome.and_then(|outcome| outcome.health_check);
+                (name, check)
+            })
+            .collect()
+    }
+
+    /// The node is about to be deleted.
+    pub fn node_leaves(&self) -> bool {
+        self.model.node_leaves()
     }
 
     /// The first complete lists are programmed.
@@ -253,7 +280,10 @@ impl<D: Dataplane> Reconciler<D> {
     fn compile(&mut self, name: ObjectName) {
         let Some(service) = self.model.service(&name) else {
             self.planner.remove_service(&name);
-            self.compiled.remove(&name);
+            let outcome = self.compiled.remove(&name);
+            if outcome.is_some_and(|outcome| outcome.health_check.is_some()) {
+                self.health_changes.insert(name);
+            }
             return;
         };
         let compiled = compile(
@@ -264,9 +294,17 @@ impl<D: Dataplane> Reconciler<D> {
         );
         let outcome = Outcome {
             ports: compiled.ports.len(),
+            health_check: compiled.health_check,
             notes: compiled.notes,
         };
         self.planner.set_service(&name, compiled.ports);
+        let before = self
+            .compiled
+            .get(&name)
+            .and_then(|before| before.health_check);
+        if before != outcome.health_check {
+            self.health_changes.insert(name.clone());
+        }
         self.compiled.insert(name, outcome);
     }
 
@@ -327,8 +365,8 @@ mod tests {
     use crate::dataplane::faulty::Faulty;
     use crate::dataplane::memory::Memory;
     use crate::dataplane::{PerFamily, Sizes};
-    use crate::model::build::{endpoint, object, service, slice};
-    use crate::model::{Change, Object};
+    use crate::model::build::{endpoint, object, port, service, slice};
+    use crate::model::{Change, Object, ServiceType, TrafficPolicy};
     use crate::standalone;
 
     const SOURCES: [SourceId; 2] = [SourceId(0), SourceId(1)];
@@ -436,5 +474,64 @@ mod tests {
         last.apply(Instant::now());
         assert!(last.dataplane.frontends().is_empty());
         assert!(last.programmed());
+    }
+
+    /// SEMANTICS G6, G7: health checks change with their Services' endpoints and not otherwise, and
+    /// count only once everything is programmed.
+    #[test]
+    fn health_checks_are_told_when_they_change() {
+        let mut reconciler = reconciler(Faulty::new(Memory::new(SIZES), 1, 0));
+        let [_, endpoints] = lists();
+        let mut web = service("web", &["10.96.0.1"]);
+        web.service_type = ServiceType::LoadBalancer;
+        web.external_policy = TrafficPolicy::Local;
+        web.health_check_node_port = Some(port(31000));
+        let services = Batch {
+            source: SOURCES[0],
+            changes: vec![
+                Change::Upsert(object(web.clone())),
+                Change::Upsert(object(service("other", &["10.96.0.2"]))),
+                Change::InitialListComplete,
+            ],
+        };
+        reconciler.take([services]);
+        assert!(!reconciler.settled(), "a list is missing");
+        reconciler.dataplane.set_rate(1_024);
+        reconciler.take([endpoints]);
+        let again = reconciler.apply(Instant::now());
+        assert!(!reconciler.settled(), "not written");
+        reconciler.dataplane.set_rate(0);
+        reconciler.apply(again.unwrap());
+        assert!(reconciler.settled());
+        let check = |local_endpoints| HealthCheck {
+            port: port(31000),
+            local_endpoints,
+        };
+        assert_eq!(
+            reconciler.take_health_changes(),
+            [(web.name.clone(), Some(check(1)))]
+        );
+
+        let slice = |endpoints| Batch {
+            source: SOURCES[1],
+            changes: vec![Change::Upsert(Object::EndpointSlice(slice(
+                "web-1", "web", endpoints,
+            )))],
+        };
+        let mut changes = |endpoints| {
+            reconciler.take([slice(endpoints)]);
+            reconciler.apply(Instant::now());
+            reconciler.take_health_changes()
+        };
+        let here = || endpoint("10.0.0.1", "here");
+        let there = endpoint("10.0.0.2", "there");
+        assert_eq!(changes(vec![here(), there]), []);
+        assert_eq!(changes(vec![]), [(web.name.clone(), Some(check(0)))]);
+        assert_eq!(changes(vec![here()]), [(web.name.clone(), Some(check(1)))]);
+        reconciler.take([Batch {
+            source: SOURCES[0],
+            changes: vec![Change::Delete(object(web.clone()).key())],
+        }]);
+        assert_eq!(reconciler.take_health_changes(), [(web.name, None)]);
     }
 }

@@ -15,13 +15,15 @@ use tracing::warn;
 
 use super::admin::{Answer, Request};
 use super::apply::{Question, Summary};
-use super::edges::Report;
+use super::edges;
 use crate::dataplane::kernel::{Flows, MapSet};
 use crate::dataplane::pins::Pins;
 use crate::dataplane::sys::map::{TypedMap, map_info};
 use crate::dataplane::{FlowTable, loader, map_name};
+use crate::health::proxy::{Bind, Moment, ProxyHealth};
+use crate::health::services::Report;
 use crate::node::Node;
-use crate::observe::status::{MapStatus, ProgramStatus, SourceStatus, Status};
+use crate::observe::status::{HealthStatus, MapStatus, ProgramStatus, SourceStatus, Status};
 use crate::source;
 
 /// What a version before step 3 cannot do.
@@ -38,8 +40,37 @@ pub(super) struct Gatherer {
     pub(super) programs: Vec<ProgramStatus>,
     pub(super) sources: Vec<source::Running>,
     pub(super) questions: mpsc::Sender<Question>,
-    pub(super) edges: watch::Receiver<Report>,
+    pub(super) edges: watch::Receiver<edges::Report>,
     pub(super) node: watch::Receiver<Arc<Node>>,
+    pub(super) health: HealthReport,
+}
+
+/// What the health servers know.
+#[derive(Debug)]
+pub(super) struct HealthReport {
+    pub(super) proxy: Arc<ProxyHealth>,
+    pub(super) healthz: Bind,
+    pub(super) healthz_failures: watch::Receiver<Vec<String>>,
+    pub(super) services: watch::Receiver<Report>,
+}
+
+impl HealthReport {
+    fn status(&self) -> HealthStatus {
+        HealthStatus {
+            proxy: self.proxy.status(Moment::now()),
+            healthz_address: match self.healthz {
+                Bind::At(address) => Some(address),
+                Bind::Off => None,
+            },
+            healthz_failures: self.healthz_failures.borrow().clone(),
+            services: self
+                .services
+                .borrow()
+                .iter()
+                .map(|(name, status)| (name.to_string(), status.clone()))
+                .collect(),
+        }
+    }
 }
 
 impl Gatherer {
@@ -72,7 +103,7 @@ impl Gatherer {
             services,
             tables,
         } = self.ask(Question::Summary).await?;
-        let Report {
+        let edges::Report {
             attached,
             edges,
             refused,
@@ -113,6 +144,7 @@ impl Gatherer {
             node,
             sources: self.sources.iter().map(describe).collect(),
             services,
+            health: self.health.status(),
             edges,
             refused,
             programs: self.programs.clone(),

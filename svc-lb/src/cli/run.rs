@@ -3,6 +3,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use clap::{ArgAction, ValueEnum};
@@ -15,9 +16,13 @@ use crate::app::{self, Settings};
 use crate::compile::{CompileOptions, OutsideReach};
 use crate::dataplane::attach::TcHook;
 use crate::dataplane::sizes::SizeOverride;
+use crate::health::proxy::Bind;
 use crate::source::Spec;
 use crate::source::stream::Target;
 use crate::standalone;
+
+/// A change that may take longer needs no bound at all.
+const LONGEST_PERIOD: Duration = Duration::from_hours(24);
 
 /// Run the agent of this node: keep the maps equal to what the sources say.
 ///
@@ -79,6 +84,8 @@ pub(super) struct Args {
     )]
     no_local_endpoint: NoLocalEndpoint,
     #[command(flatten)]
+    health: HealthArgs,
+    #[command(flatten)]
     control_plane: ControlPlaneArgs,
     #[command(flatten)]
     edges: EdgeArgs,
@@ -94,6 +101,31 @@ enum NoLocalEndpoint {
     Drop,
     /// Connection refused.
     Reject,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Health")]
+struct HealthArgs {
+    /// Where /healthz and /livez answer, as kube-proxy's do: ADDRESS:PORT, or off. 0.0.0.0 is every
+    /// address of both families. Load balancers ask from outside the node; nothing can be changed
+    /// there, and nothing learned but what they need
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        env = "SVC_LB_HEALTHZ_BIND_ADDRESS",
+        default_value = "0.0.0.0:10256"
+    )]
+    healthz_bind_address: Bind,
+    /// How long a change may take to be programmed; the node counts as unhealthy when one has been
+    /// waiting twice as long
+    #[arg(
+        long,
+        value_name = "DURATION",
+        env = "SVC_LB_SYNC_PERIOD",
+        value_parser = period,
+        default_value = "30s"
+    )]
+    sync_period: Duration,
 }
 
 #[derive(Debug, clap::Args)]
@@ -157,6 +189,17 @@ struct DataplaneArgs {
     datapath_log: bool,
 }
 
+fn period(text: &str) -> Result<Duration> {
+    let period = humantime::parse_duration(text)?;
+    if period.is_zero() || period > LONGEST_PERIOD {
+        bail!(
+            "a duration of more than nothing and at most {}",
+            humantime::format_duration(LONGEST_PERIOD)
+        );
+    }
+    Ok(period)
+}
+
 fn ports(text: &str) -> Result<RangeInclusive<u16>> {
     let (first, last) = text
         .split_once('-')
@@ -186,6 +229,10 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         node_name,
         service_proxy_name,
         no_local_endpoint,
+        health: HealthArgs {
+            healthz_bind_address,
+            sync_period,
+        },
         control_plane:
             ControlPlaneArgs {
                 service_cidr,
@@ -238,6 +285,8 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         config,
         edges: edges.settings(),
         tc: tc_hook,
+        healthz: healthz_bind_address,
+        sync_period,
         admin_socket: global.admin_socket.clone(),
     })
 }
@@ -302,6 +351,8 @@ mod tests {
         assert_eq!(config.service_mask6, mask6);
         assert_ne!(config.bits & config::REJECT_NO_LOCAL, 0);
         assert_eq!(config.bits & config::DIAGNOSTICS, 0);
+        assert_eq!(settings.healthz, "0.0.0.0:10256".parse().unwrap());
+        assert_eq!(settings.sync_period, Duration::from_secs(30));
     }
 
     #[test]
@@ -316,6 +367,10 @@ mod tests {
             "{}",
             error(ports)
         );
+        let healthz = "svc-lb run --manifests a --healthz-bind-address 10256";
+        assert!(error(healthz).contains("ADDRESS:PORT"));
+        let period = "svc-lb run --manifests a --sync-period 0s";
+        assert!(error(period).contains("more than nothing"));
         let size = "svc-lb run --manifests a --map-size flows=1";
         assert!(error(size).contains("established4"));
     }

@@ -9,7 +9,11 @@ use super::output::{self, Format};
 use super::{Global, client, exit};
 use crate::app::admin::{Answer, Request};
 use crate::dataplane::attach::EdgeStatus;
-use crate::observe::status::{MapStatus, ServiceNotes, ServicesStatus, SourceStatus, Status};
+use crate::health::proxy::ProxyStatus;
+use crate::health::services::ServiceHealthStatus;
+use crate::observe::status::{
+    HealthStatus, MapStatus, ServiceNotes, ServicesStatus, SourceStatus, Status,
+};
 
 /// Show how the running agent is: sources, services and why some are not programmed, interfaces,
 /// maps.
@@ -70,6 +74,7 @@ fn text(status: &Status, all: bool) -> Result<String> {
         node,
         sources,
         services,
+        health,
         edges,
         refused,
         programs,
@@ -110,6 +115,7 @@ fn text(status: &Status, all: bool) -> Result<String> {
         }
     }
     write_services(&mut out, services, all)?;
+    write_health(&mut out, health, all)?;
     section(&mut out, "Interfaces", &edge_table(edges))?;
     for edge in edges {
         if let Some(error) = &edge.error {
@@ -213,6 +219,73 @@ fn write_notes(out: &mut String, services: &[ServiceNotes]) -> Result<()> {
         for note in notes {
             writeln!(out, "  {service}: {note}")?;
         }
+    }
+    Ok(())
+}
+
+/// Health checks of Services that fail always; all of them where asked for.
+fn write_health(out: &mut String, health: &HealthStatus, all: bool) -> Result<()> {
+    let HealthStatus {
+        proxy:
+            ProxyStatus {
+                healthy,
+                node_eligible,
+                proxy_healthz_total: healthz,
+                proxy_livez_total: livez,
+            },
+        healthz_address,
+        healthz_failures,
+        services,
+    } = health;
+    writeln!(
+        out,
+        "\nHealth\nproxy {}, node {}; {}; answers 200/503: healthz {}/{}, livez {}/{}",
+        if *healthy {
+            "healthy"
+        } else {
+            "unhealthy: updates wait"
+        },
+        if *node_eligible {
+            "eligible"
+        } else {
+            "about to be deleted"
+        },
+        healthz_address.map_or("healthz and livez off".to_owned(), |address| {
+            format!("healthz and livez at {address}")
+        }),
+        healthz.ok,
+        healthz.unavailable,
+        livez.ok,
+        livez.unavailable,
+    )?;
+    for failure in healthz_failures {
+        writeln!(out, "healthz: {failure}; tried again")?;
+    }
+    for (service, health) in services {
+        let ServiceHealthStatus {
+            port,
+            local_endpoints,
+            failures,
+        } = health;
+        if all {
+            writeln!(
+                out,
+                "  {service}: healthCheckNodePort {port}: {local_endpoints} ready here"
+            )?;
+        }
+        for failure in failures {
+            writeln!(
+                out,
+                "  {service}: healthCheckNodePort {port}: {failure}; tried again"
+            )?;
+        }
+    }
+    if !all && !services.is_empty() {
+        writeln!(
+            out,
+            "{} Services with a healthCheckNodePort (--services shows them)",
+            services.len()
+        )?;
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 //! `compile` makes these, `plan` diffs them against what is programmed and gives them ids.
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,16 @@ pub struct Backend {
     pub serving: bool,
     /// On this node.
     pub local: bool,
+}
+
+/// What load balancers are told about one Service at its healthCheckNodePort (SEMANTICS G6).
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+pub struct HealthCheck {
+    /// Where they ask.
+    pub port: NonZeroU16,
+    /// Ready endpoints on this node, unique by address; one that has an address of each family
+    /// counts once.
+    pub local_endpoints: u32,
 }
 
 /// Everything programmed for one service port in one family.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     num::NonZeroU16,
 };
 
@@ -14,7 +14,8 @@ use super::{
     notes::{Notes, PortNotes, Reason, TopologyMode},
 };
 use crate::model::{
-    Conditions, Endpoint, EndpointSlice, Hints, NodeFacts, ServicePort, family_of, protocol_name,
+    Conditions, Endpoint, EndpointSlice, Hints, NodeFacts, Service, ServicePort, family_of,
+    protocol_name,
 };
 
 /// Which sets the frontends of a port need.
@@ -130,6 +131,24 @@ pub(super) fn categorize(
         notes.add(Reason::NoneUsable);
     }
     BackendSet { backends, has_any }
+}
+
+/// How many endpoints of this node are ready for any port of a Service. Endpoints that serve
+/// while they terminate are not: clients are to be kept away from them in time (SEMANTICS D3).
+pub(super) fn ready_here(
+    service: &Service,
+    family: Family,
+    slices: &[&EndpointSlice],
+    node: &NodeFacts,
+) -> u32 {
+    let ready: BTreeSet<IpAddr> = service
+        .ports
+        .iter()
+        .flat_map(|port| merge(port, family, slices, node))
+        .filter(|candidate| candidate.local && candidate.conditions.ready)
+        .map(|candidate| candidate.address.ip())
+        .collect();
+    u32::try_from(ready.len()).unwrap_or(u32::MAX)
 }
 
 /// One endpoint as a backend of the port at hand.

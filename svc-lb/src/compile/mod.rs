@@ -13,13 +13,14 @@ mod tests;
 use serde::Serialize;
 use svc_lb_common::{Family, Protocol};
 
+pub use self::desired::HealthCheck;
 pub use self::notes::{Note, Reason, TopologyMode};
 use self::{
     desired::{DesiredPort, PortKey},
     endpoints::Usage,
     notes::Notes,
 };
-use crate::model::{EndpointSlice, NodeFacts, Service, ServicePort, TrafficPolicy};
+use crate::model::{EndpointSlice, NodeFacts, Service, ServicePort, ServiceType, TrafficPolicy};
 
 /// Which backends clients outside the cluster can be sent to.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
@@ -47,6 +48,8 @@ pub struct CompileOptions {
 pub struct Compiled {
     /// One for each port and family, sorted by key.
     pub ports: Vec<DesiredPort>,
+    /// What load balancers are told, where they are to ask this node.
+    pub health_check: Option<HealthCheck>,
     /// For people who ask.
     pub notes: Vec<Note>,
 }
@@ -63,6 +66,7 @@ pub fn compile<'a>(
     if let Some(reason) = frontends::why_skipped(service, options) {
         return Compiled {
             ports: Vec::new(),
+            health_check: None,
             notes: vec![Note::of_service(reason)],
         };
     }
@@ -85,8 +89,39 @@ pub fn compile<'a>(
     endpoints::note_unused(&slices, &mut notes);
     Compiled {
         ports,
+        health_check: health_check(service, &slices, node, &mut notes),
         notes: notes.into_vec(),
     }
+}
+
+/// A load balancer keeps away from nodes without endpoints where the policy is Local; otherwise
+/// any node will do (SEMANTICS G6).
+fn health_check(
+    service: &Service,
+    slices: &[&EndpointSlice],
+    node: &NodeFacts,
+    notes: &mut Notes,
+) -> Option<HealthCheck> {
+    let wanted = service.service_type == ServiceType::LoadBalancer
+        && service.external_policy == TrafficPolicy::Local;
+    if !wanted {
+        return None;
+    }
+    let Some(port) = service.health_check_node_port else {
+        notes.service(Reason::NoHealthCheckNodePort);
+        return None;
+    };
+    let ready = |family| endpoints::ready_here(service, family, slices, node);
+    let local_endpoints = [Family::V4, Family::V6]
+        .into_iter()
+        .filter(|family| frontends::serves(service, *family))
+        .map(ready)
+        .max()
+        .unwrap_or(0);
+    Some(HealthCheck {
+        port,
+        local_endpoints,
+    })
 }
 
 fn compile_port(

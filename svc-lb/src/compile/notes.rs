@@ -52,6 +52,8 @@ pub enum Reason {
     HostNameLoadBalancer,
     /// type LoadBalancer without ingress.
     LoadBalancerPending,
+    /// externalTrafficPolicy Local without healthCheckNodePort (SEMANTICS G6).
+    NoHealthCheckNodePort,
     /// Source ranges of the other family only: this family admits everyone (SEMANTICS B7).
     SourceRangesOfOtherFamily,
     /// Compiled, but the dataplane has no SCTP yet.
@@ -146,6 +148,9 @@ impl fmt::Display for Reason {
                 f.write_str("the load balancer has a host name and no address to program")
             }
             Self::LoadBalancerPending => f.write_str("the load balancer has no address yet"),
+            Self::NoHealthCheckNodePort => f.write_str(
+                "no spec.healthCheckNodePort: load balancers cannot tell which nodes have endpoints",
+            ),
             Self::SourceRangesOfOtherFamily => f.write_str(
                 "loadBalancerSourceRanges has no range of this family: everyone is admitted",
             ),

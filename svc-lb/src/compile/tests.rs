@@ -441,6 +441,85 @@ fn a11_ingress_without_address() {
     assert!(!said.contains(&Reason::LoadBalancerPending));
 }
 
+/// SEMANTICS G6, D3 and trap 7: load balancers are told of ready endpoints on this node, unique by
+/// address; one with two ports or two families counts once.
+#[test]
+fn g6_d3_health_check_counts_local_ready_addresses() {
+    let mut web = service("web", &["10.96.0.10", "fd00:10:96::10"]);
+    web.service_type = ServiceType::LoadBalancer;
+    web.external_policy = TrafficPolicy::Local;
+    web.load_balancer = vec![vip("198.51.100.1")];
+    web.health_check_node_port = Some(port(31000));
+    web.ports = vec![
+        service_port("http", Protocol::Tcp, 80),
+        service_port("https", Protocol::Tcp, 443),
+    ];
+    let ports = vec![
+        endpoint_port("http", Protocol::Tcp, 8080),
+        endpoint_port("https", Protocol::Tcp, 8443),
+    ];
+    let of = |name, endpoints| EndpointSlice {
+        ports: ports.clone(),
+        ..slice(name, "web", endpoints)
+    };
+    let mut slices = vec![
+        of(
+            "web-4",
+            vec![
+                endpoint("10.244.1.5", "node-a"),
+                endpoint("10.244.1.6", "node-a"),
+                with("10.244.1.7", "node-a", NOT_READY),
+                with("10.244.1.8", "node-a", DRAINING),
+                endpoint("10.244.2.5", "node-b"),
+            ],
+        ),
+        of(
+            "web-6",
+            vec![
+                endpoint("fd00:10:244:1::5", "node-a"),
+                endpoint("fd00:10:244:1::6", "node-a"),
+            ],
+        ),
+        // The same endpoint in a second slice.
+        of("web-4b", vec![endpoint("10.244.1.5", "node-a")]),
+    ];
+    let count = |web: &Service, slices: &[EndpointSlice]| {
+        let check = compiled(web, slices).health_check?;
+        assert_eq!(check.port, port(31000));
+        Some(check.local_endpoints)
+    };
+    assert_eq!(count(&web, &slices), Some(2));
+    slices.truncate(1);
+    slices[0]
+        .endpoints
+        .retain(|e| !e.conditions.ready || e.address == ip("10.244.2.5"));
+    assert_eq!(
+        count(&web, &slices),
+        Some(0),
+        "draining and remote ones do not count"
+    );
+    assert!(
+        compiled(&web, &slices).ports[0]
+            .backends
+            .iter()
+            .any(|b| b.in_local),
+        "although the draining one serves"
+    );
+
+    let mut other = web.clone();
+    other.external_policy = TrafficPolicy::Cluster;
+    assert_eq!(count(&other, &slices), None);
+    other = web.clone();
+    other.service_type = ServiceType::NodePort;
+    assert_eq!(count(&other, &slices), None);
+    other = web.clone();
+    other.proxy_name = Some("another".to_owned());
+    assert_eq!(count(&other, &slices), None);
+    web.health_check_node_port = None;
+    assert_eq!(count(&web, &slices), None);
+    assert!(reasons(&compiled(&web, &slices)).contains(&Reason::NoHealthCheckNodePort));
+}
+
 /// SEMANTICS A13: an unready endpoint published as ready is used, and keeps its UDP flows.
 #[test]
 fn a13_published_not_ready() {

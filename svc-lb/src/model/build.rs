@@ -38,6 +38,7 @@ pub(crate) fn service(name: &str, cluster_ips: &[&str]) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         affinity_seconds: None,
+        health_check_node_port: None,
         source_ranges: Vec::new(),
         proxy_name: None,
         selector: Labels::default(),

@@ -172,6 +172,8 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// sessionAffinity `ClientIP`, with its timeout in seconds.
     pub affinity_seconds: Option<u32>,
+    /// `spec.healthCheckNodePort`.
+    pub health_check_node_port: Option<NonZeroU16>,
     /// `spec.loadBalancerSourceRanges`.
     pub source_ranges: Vec<IpNet>,
     /// Label `service.kubernetes.io/service-proxy-name` (SEMANTICS A4).
@@ -337,13 +339,16 @@ pub struct Pod {
     pub ports: Vec<ContainerPort>,
 }
 
-/// What Nodes say that selection depends on.
+/// What Nodes say that selection and health depend on.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Node {
     /// Name of the node.
     pub name: String,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<String>,
+    /// `metadata.deletionTimestamp` is set, or the cluster autoscaler's taint says that it will be
+    /// (SEMANTICS G7).
+    pub leaves: bool,
 }
 
 /// The node this agent runs on, as far as selection depends on it.

@@ -16,6 +16,7 @@ use super::{
 #[derive(Debug)]
 pub struct Model {
     node: NodeFacts,
+    node_leaves: bool,
     services: BTreeMap<ObjectName, Arc<Service>>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     /// Names of the slices of each Service, known or not.
@@ -30,6 +31,7 @@ impl Model {
                 name: node_name.into(),
                 zone: None,
             },
+            node_leaves: false,
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             slices_of: BTreeMap::new(),
@@ -51,6 +53,7 @@ impl Model {
                     self.upsert_slice(slice, &mut affected);
                 }
                 Edit::Upsert(Object::Node(node)) if node.name == self.node.name => {
+                    self.node_leaves = node.leaves;
                     self.set_zone(node.zone, &mut affected);
                 }
                 Edit::Upsert(Object::Node(_) | Object::Pod(_) | Object::Endpoints(_)) => {}
@@ -64,6 +67,12 @@ impl Model {
     #[must_use]
     pub fn node(&self) -> &NodeFacts {
         &self.node
+    }
+
+    /// The node is about to be deleted, as its Node object said last (SEMANTICS G7).
+    #[must_use]
+    pub fn node_leaves(&self) -> bool {
+        self.node_leaves
     }
 
     /// The Service of that name.

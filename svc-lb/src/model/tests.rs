@@ -241,6 +241,7 @@ fn a_zone_concerns_services_with_hints() {
         Edit::Upsert(Object::Node(Node {
             name: name.into(),
             zone: Some(zone.into()),
+            leaves: false,
         }))
     };
     assert_eq!(model.apply([node("node-b", "z1")]), BTreeSet::new());

@@ -1,9 +1,14 @@
 //! What `svc-lb status` prints: one record, over the admin socket.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
 use serde::{Deserialize, Serialize};
 
 use crate::dataplane::attach::EdgeStatus;
 use crate::dataplane::edges::Refused;
+use crate::health::proxy::ProxyStatus;
+use crate::health::services::ServiceHealthStatus;
 
 /// The whole agent at one moment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -30,6 +35,8 @@ pub struct Status {
     pub sources: Vec<SourceStatus>,
     /// Services.
     pub services: ServicesStatus,
+    /// What load balancers and probes are told.
+    pub health: HealthStatus,
     /// Interfaces with programs.
     pub edges: Vec<EdgeStatus>,
     /// Interfaces that were asked for and cannot be edges.
@@ -93,6 +100,20 @@ pub struct ServicesStatus {
     pub last_error: Option<String>,
     /// Entries of the maps that were found damaged at start and repaired.
     pub damaged_at_start: Option<String>,
+}
+
+/// What load balancers and probes are told.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct HealthStatus {
+    /// The proxy's own health.
+    #[serde(flatten)]
+    pub proxy: ProxyStatus,
+    /// Where `/healthz` and `/livez` are served, unless they are off.
+    pub healthz_address: Option<SocketAddr>,
+    /// Why that is not so; tried again.
+    pub healthz_failures: Vec<String>,
+    /// Services with a healthCheckNodePort, by namespace/name.
+    pub services: BTreeMap<String, ServiceHealthStatus>,
 }
 
 /// What there is to say about one Service.

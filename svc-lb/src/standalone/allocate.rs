@@ -20,8 +20,8 @@ use super::{
 };
 use crate::{
     model::{
-        IpFamilyPolicy, IpMode, LoadBalancerIngress, ObjectName, Service, ServiceType, family_name,
-        family_of, protocol_name,
+        IpFamilyPolicy, IpMode, LoadBalancerIngress, ObjectName, Service, ServiceType,
+        TrafficPolicy, family_name, family_of, protocol_name,
     },
     source::{Problem, Severity},
 };
@@ -33,6 +33,8 @@ pub(super) enum Claim {
     /// Of the port called so, as name/protocol.
     NodePort(String),
     LoadBalancer(Family),
+    /// Where load balancers ask for endpoints on the node.
+    HealthCheckNodePort,
 }
 
 impl Claim {
@@ -42,6 +44,7 @@ impl Claim {
             Self::ClusterIp(family) => format!("clusterIP/{}", family_name(*family)),
             Self::NodePort(port) => format!("nodePort/{port}"),
             Self::LoadBalancer(family) => format!("loadBalancer/{}", family_name(*family)),
+            Self::HealthCheckNodePort => "healthCheckNodePort".to_owned(),
         }
     }
 
@@ -50,6 +53,7 @@ impl Claim {
             Self::ClusterIp(_) => "spec.clusterIPs",
             Self::NodePort(_) => "spec.ports.nodePort",
             Self::LoadBalancer(_) => "status.loadBalancer",
+            Self::HealthCheckNodePort => "spec.healthCheckNodePort",
         }
     }
 }
@@ -176,6 +180,9 @@ impl Allocator {
                         port.node_port = Some(*number);
                     }
                 }
+                (Some(Value::Port(number)), Claim::HealthCheckNodePort) => {
+                    complete.health_check_node_port = Some(*number);
+                }
                 _ => {}
             }
         }
@@ -200,7 +207,7 @@ impl Allocator {
     fn pool(&mut self, claim: &Claim) -> Option<&mut Pool> {
         match claim {
             Claim::ClusterIp(family) => self.cluster_ips.get_mut(family),
-            Claim::NodePort(_) => Some(&mut self.node_ports),
+            Claim::NodePort(_) | Claim::HealthCheckNodePort => Some(&mut self.node_ports),
             Claim::LoadBalancer(family) => self.load_balancers.get_mut(family),
         }
     }
@@ -264,6 +271,9 @@ impl Allocator {
             if let Some(node_port) = port.node_port {
                 explicit.push((Claim::NodePort(port_name(port)), node_port.get().into()));
             }
+        }
+        if let Some(port) = service.health_check_node_port {
+            explicit.push((Claim::HealthCheckNodePort, port.get().into()));
         }
         for (claim, value) in &explicit {
             let Some(loser) = self.pool(claim).and_then(|pool| pool.reserve(*value, name)) else {
@@ -360,7 +370,7 @@ impl Allocator {
             return Err(problem(service, claim.field(), &pool.name, message));
         };
         Ok(match claim {
-            Claim::NodePort(_) => {
+            Claim::NodePort(_) | Claim::HealthCheckNodePort => {
                 let port = u16::try_from(number).ok().and_then(NonZeroU16::new);
                 Value::Port(port.unwrap_or(NonZeroU16::MAX))
             }
@@ -384,7 +394,7 @@ impl Allocator {
             };
             if let Some(rival) = pool.rival(value, &service.name) {
                 let text = match &claim {
-                    Claim::NodePort(_) => value.to_string(),
+                    Claim::NodePort(_) | Claim::HealthCheckNodePort => value.to_string(),
                     Claim::ClusterIp(family) | Claim::LoadBalancer(family) => {
                         from_number(value, *family).to_string()
                     }
@@ -417,6 +427,9 @@ impl Allocator {
         if needs_node_ports(service) {
             let missing = service.ports.iter().filter(|port| port.node_port.is_none());
             claims.extend(missing.map(|port| Claim::NodePort(port_name(port))));
+        }
+        if needs_health_check(service) && service.health_check_node_port.is_none() {
+            claims.push(Claim::HealthCheckNodePort);
         }
         let pending = service.load_balancer.is_empty() && !service.load_balancer_hostname;
         if service.service_type == ServiceType::LoadBalancer && pending {
@@ -523,6 +536,11 @@ fn needs_node_ports(service: &Service) -> bool {
         ServiceType::LoadBalancer => service.allocate_node_ports,
         ServiceType::ClusterIP | ServiceType::ExternalName => false,
     }
+}
+
+fn needs_health_check(service: &Service) -> bool {
+    service.service_type == ServiceType::LoadBalancer
+        && service.external_policy == TrafficPolicy::Local
 }
 
 fn port_name(port: &crate::model::ServicePort) -> String {

@@ -18,7 +18,7 @@ use crate::{
     model::{
         Conditions, ContainerPort, Edit, EndpointAddress, EndpointSlice, EndpointSubset, Endpoints,
         Intake, IpFamilyPolicy, IpMode, Kind, Labels, LoadBalancerIngress, Model, Object,
-        ObjectKey, ObjectName, Pod, Service, ServiceType, SourceId, TargetPort,
+        ObjectKey, ObjectName, Pod, Service, ServiceType, SourceId, TargetPort, TrafficPolicy,
         build::{
             endpoint, endpoint_port, ip, named, object, pod, port, service, service_port, slice,
         },
@@ -415,6 +415,39 @@ fn load_balancer_addresses() {
     poolless.put([typed("web", ServiceType::LoadBalancer)]);
     assert!(poolless.service("web").load_balancer.is_empty());
     assert_eq!(poolless.problems(), [""; 0]);
+}
+
+/// SEMANTICS G6: a load balancer with a Local policy gets a port to ask at, out of the node ports;
+/// written ones stand, and one that is no longer needed is given back.
+#[test]
+fn health_check_node_ports() {
+    let mut cluster = Cluster::new(&dual());
+    let mut web = typed("web", ServiceType::LoadBalancer);
+    cluster.put([web.clone()]);
+    assert_eq!(cluster.service("web").health_check_node_port, None);
+    web.external_policy = TrafficPolicy::Local;
+    cluster.put([web.clone()]);
+    let given = cluster.service("web").clone();
+    let port_given = given.health_check_node_port.expect("given");
+    assert!((30_000..=32_767).contains(&port_given.get()));
+    assert_ne!(given.ports[0].node_port, Some(port_given));
+
+    // Another Service writes the same number: it has it, web gets another.
+    let mut rival = typed("rival", ServiceType::LoadBalancer);
+    rival.external_policy = TrafficPolicy::Local;
+    rival.health_check_node_port = Some(port_given);
+    cluster.put([rival]);
+    assert_eq!(
+        cluster.service("rival").health_check_node_port,
+        Some(port_given)
+    );
+    let second = cluster.service("web").health_check_node_port;
+    assert!(second.is_some() && second != Some(port_given));
+
+    web.external_policy = TrafficPolicy::Cluster;
+    cluster.put([web]);
+    assert_eq!(cluster.service("web").health_check_node_port, None);
+    assert_eq!(cluster.problems(), [""; 0]);
 }
 
 /// SEMANTICS A10: no node ports where the Service does not want them; one for each port where it

@@ -316,6 +316,11 @@ impl Manifests {
     pub fn write(&self, services: &[Service]) -> Result<()> {
         let mut items = nodes();
         items.extend(services.iter().flat_map(Service::objects));
+        self.write_items(&items)
+    }
+
+    /// Replaces everything, nodes and all.
+    pub fn write_items(&self, items: &[Value]) -> Result<()> {
         let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
         // Renamed into place: the agent never sees half of it.
         let fresh = self.file.with_extension("new");

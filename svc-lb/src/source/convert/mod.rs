@@ -25,6 +25,8 @@ const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS: &str = "service.kubernetes.io/headless";
 const SKIP_MIRROR: &str = "endpointslice.kubernetes.io/skip-mirror";
 const ZONE: &str = "topology.kubernetes.io/zone";
+/// The cluster autoscaler's, on a node that it is about to take away.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// `sessionAffinityConfig.clientIP.timeoutSeconds` where it is not set (SEMANTICS F1).
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
@@ -89,6 +91,10 @@ pub fn service(object: &core::Service) -> Result<Service> {
         )?,
         external_policy,
         affinity_seconds: affinity(spec)?,
+        health_check_node_port: optional_port(
+            "spec.healthCheckNodePort",
+            spec.health_check_node_port,
+        )?,
         source_ranges: source_ranges(spec)?,
         proxy_name: label(&object.metadata, SERVICE_PROXY_NAME),
         selector: spec.selector.clone().into_iter().flatten().collect(),
@@ -191,9 +197,15 @@ pub fn pod(object: &core::Pod) -> Result<Pod> {
 /// # Errors
 /// As for `service`.
 pub fn node(object: &core::Node) -> Result<Node> {
+    let taints = object.spec.as_ref().and_then(|spec| spec.taints.as_deref());
+    let tainted = taints
+        .unwrap_or_default()
+        .iter()
+        .any(|taint| taint.key == TO_BE_DELETED);
     Ok(Node {
         name: object_name(&object.metadata)?,
         zone: label(&object.metadata, ZONE),
+        leaves: tainted || object.metadata.deletion_timestamp.is_some(),
     })
 }
 

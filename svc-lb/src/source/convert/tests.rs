@@ -445,3 +445,45 @@ fn meanings() {
         assert_eq!(meaning(version, kind), expected, "{version} {kind}");
     }
 }
+
+/// SEMANTICS G6: where load balancers ask.
+#[test]
+fn health_check_node_port() {
+    let read = |port: Value| service(&spec(json!({"healthCheckNodePort": port})), &json!({}));
+    assert_eq!(
+        read(json!(31000)).map(|s| s.health_check_node_port),
+        Ok(Some(port(31000)))
+    );
+    assert_eq!(read(json!(0)).map(|s| s.health_check_node_port), Ok(None));
+    let error = read(json!(70000)).unwrap_err();
+    assert!(error.starts_with("spec.healthCheckNodePort: "), "{error}");
+}
+
+/// SEMANTICS G7: a node leaves when it is being deleted or when the autoscaler says it will.
+#[test]
+fn nodes_that_leave() {
+    let leaves = |metadata: Value, taints: Value| {
+        let mut whole = json!({"metadata": {"name": "a"}, "spec": {"taints": taints}});
+        let (Some(Value::Object(fields)), Value::Object(extra)) =
+            (whole.get_mut("metadata"), metadata)
+        else {
+            panic!("objects");
+        };
+        fields.extend(extra);
+        match read(Kind::Node, whole) {
+            Ok(Object::Node(node)) => node.leaves,
+            other => panic!("{other:?}"),
+        }
+    };
+    let taint = |key: &str| json!([{"key": key, "effect": "NoSchedule"}]);
+    assert!(!leaves(json!({}), json!(null)));
+    assert!(!leaves(
+        json!({}),
+        taint("node.kubernetes.io/unschedulable")
+    ));
+    assert!(leaves(json!({}), taint("ToBeDeletedByClusterAutoscaler")));
+    assert!(leaves(
+        json!({"deletionTimestamp": "2026-01-01T00:00:00Z"}),
+        json!([])
+    ));
+}
