@@ -509,3 +509,31 @@ impl Drop for End {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// SEMANTICS G7: a batch that the apply task does not get to counts as waiting.
+    #[tokio::test]
+    async fn what_is_not_taken_in_is_queued() {
+        let health = Arc::new(ProxyHealth::new(Duration::ZERO, Moment::now()));
+        health.updated(Moment::now());
+        let (sender, queued) = mpsc::channel(1);
+        let (relayed, mut batches) = mpsc::channel(1);
+        tokio::spawn(relay(queued, relayed, Arc::clone(&health)));
+        assert!(health.verdict(Moment::now()).healthy);
+        let batch = Batch {
+            source: SourceId(0),
+            changes: Vec::new(),
+        };
+        for _ in 0..2 {
+            sender.send(batch.clone()).await.unwrap();
+        }
+        assert_eq!(batches.recv().await, Some(batch));
+        assert!(!health.verdict(Moment::now()).healthy);
+        drop(sender);
+        assert!(batches.recv().await.is_some());
+        assert_eq!(batches.recv().await, None, "the sources' end is passed on");
+    }
+}
