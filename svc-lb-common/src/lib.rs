@@ -25,6 +25,7 @@ mod layout;
 pub mod limits;
 pub mod outcome;
 pub mod service;
+pub mod source_range;
 
 #[cfg(feature = "user")]
 pub use addr::HostAddress;

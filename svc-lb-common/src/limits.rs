@@ -2,7 +2,7 @@
 
 /// Version of every record in this crate. Pins of another version are not adopted. Raise it with
 /// any change of a record, a map's kind or the meaning of a field.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// `guard`: 2^20 addresses in 512 KiB.
 pub const GUARD_WORDS: u32 = 1 << 16;
@@ -24,7 +24,7 @@ pub const OPENING: u32 = 131_072;
 pub const ESTABLISHED: u32 = 524_288;
 /// `affinity4`, `affinity6`: clients times affine service ports (Calico's default is the same).
 pub const AFFINITY: u32 = 65_536;
-/// `source_ranges4`, `source_ranges6`: prefixes.
+/// `source_ranges4`, `source_ranges6`: ranges times service ports that have them.
 pub const SOURCE_RANGES: u32 = 65_536;
 /// `edges`: interfaces.
 pub const EDGES: u32 = 4_096;
@@ -51,6 +51,8 @@ pub mod name {
     pub const ESTABLISHED: [&str; 2] = ["established4", "established6"];
     /// Session affinity by family.
     pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
+    /// Whom services admit at load balancer addresses, by family.
+    pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
     /// Edges by interface index.
     pub const EDGES: &str = "edges";
     /// Packets by hook and outcome.
@@ -59,7 +61,7 @@ pub mod name {
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 20] = [
+    pub const PINNED: [&str; 22] = [
         GUARD,
         GUARD_PORT,
         GUARD_DIRECT,
@@ -75,6 +77,8 @@ pub mod name {
         ESTABLISHED[1],
         AFFINITY[0],
         AFFINITY[1],
+        SOURCE_RANGES[0],
+        SOURCE_RANGES[1],
         EDGES,
         COUNTERS,
         BUCKET,

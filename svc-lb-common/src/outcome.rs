@@ -99,6 +99,9 @@ outcomes! {
     BadBackend = 23, "bad_backend", Drop;
     /// Not admitted by loadBalancerSourceRanges.
     SourceRange = 24, "source_range", Drop;
+    /// For a frontend, from a source that no packet may have: unspecified, loopback, multicast or
+    /// broadcast. No flow is opened; the stack drops it.
+    Martian = 25, "martian", Pass;
 }
 
 /// Number of outcomes.

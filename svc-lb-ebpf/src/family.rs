@@ -1,11 +1,12 @@
 //! One address family: its maps and its IP header. Everything else is written once for both.
 
-use aya_ebpf::maps::{Array, HashMap, LruHashMap};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap};
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::backend::Backend;
 use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::service::{Frontend, FrontendKey};
+use svc_lb_common::source_range::Source;
 use svc_lb_common::{Addr4, Addr6, Address};
 
 use crate::config::config;
@@ -38,6 +39,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     /// Whether the address is one host's on a network, so that an ICMP error may be sent to it (RFC
     /// 1122 3.2.2).
     fn is_unicast(address: Self::Addr) -> bool;
+    /// Whether no packet from elsewhere may have this source; the kernel drops such packets.
+    fn is_martian(source: Self::Addr) -> bool;
     /// The map of frontends.
     fn frontends() -> &'static HashMap<FrontendKey<Self::Addr>, Frontend>;
     /// The array of backends.
@@ -48,6 +51,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn established() -> &'static LruHashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
     /// Session affinity.
     fn affinity() -> &'static LruHashMap<AffinityKey<Self::Addr>, Affinity>;
+    /// Whom services admit at load balancer addresses.
+    fn source_ranges() -> &'static LpmTrie<Source<Self::Addr>, u32>;
 }
 
 /// IPv4.
@@ -85,6 +90,12 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn is_martian(source: Addr4) -> bool {
+        // 240.0.0.0/4 but the broadcast address is routed as unicast.
+        (!Self::is_unicast(source) && u32::from_be(source.0) >> 28 != 0xf) || source.0 == u32::MAX
+    }
+
+    #[inline(always)]
     fn frontends() -> &'static HashMap<FrontendKey<Addr4>, Frontend> {
         &maps::FRONTENDS4
     }
@@ -107,6 +118,11 @@ impl Family for V4 {
     #[inline(always)]
     fn affinity() -> &'static LruHashMap<AffinityKey<Addr4>, Affinity> {
         &maps::AFFINITY4
+    }
+
+    #[inline(always)]
+    fn source_ranges() -> &'static LpmTrie<Source<Addr4>, u32> {
+        &maps::SOURCE_RANGES4
     }
 }
 
@@ -145,6 +161,11 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn is_martian(source: Addr6) -> bool {
+        !Self::is_unicast(source)
+    }
+
+    #[inline(always)]
     fn frontends() -> &'static HashMap<FrontendKey<Addr6>, Frontend> {
         &maps::FRONTENDS6
     }
@@ -167,5 +188,10 @@ impl Family for V6 {
     #[inline(always)]
     fn affinity() -> &'static LruHashMap<AffinityKey<Addr6>, Affinity> {
         &maps::AFFINITY6
+    }
+
+    #[inline(always)]
+    fn source_ranges() -> &'static LpmTrie<Source<Addr6>, u32> {
+        &maps::SOURCE_RANGES6
     }
 }

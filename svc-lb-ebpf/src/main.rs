@@ -20,6 +20,7 @@
     reason = "reading a field behind the context pointer counts as two"
 )]
 
+mod admit;
 mod config;
 mod conntrack;
 mod family;

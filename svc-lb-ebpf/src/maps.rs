@@ -12,6 +12,7 @@
 //! | opening4/6 | LRU hash | tuple, direction -> translation | programs | evicts |
 //! | established4/6 | LRU hash | the same | programs | evicts |
 //! | affinity4/6 | LRU hash | client, service -> backend, time | programs | evicts |
+//! | source_ranges4/6 | LPM trie | service, prefix of client -> admitted | agent | object refused |
 //! | edges | hash | interface index -> kind, bridge, MAC | agent | interface refused |
 //! | counters | per-CPU array | hook and outcome, or event -> packets | programs | - |
 //! | bucket | per-CPU array | token bucket of generated packets | programs | - |
@@ -21,7 +22,7 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::BPF_F_MMAPABLE;
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::backend::Backend;
 use svc_lb_common::conntrack::{Flow, FlowKey};
@@ -30,6 +31,7 @@ use svc_lb_common::guard::PORT_WORDS;
 use svc_lb_common::limits;
 use svc_lb_common::outcome;
 use svc_lb_common::service::{Frontend, FrontendKey, Service};
+use svc_lb_common::source_range::Source;
 use svc_lb_common::{Addr4, Addr6};
 
 use crate::met::Met;
@@ -76,6 +78,12 @@ pub(crate) static AFFINITY4: LruHashMap<AffinityKey<Addr4>, Affinity> =
 #[map(name = "affinity6")]
 pub(crate) static AFFINITY6: LruHashMap<AffinityKey<Addr6>, Affinity> =
     LruHashMap::with_max_entries(limits::AFFINITY, 0);
+#[map(name = "source_ranges4")]
+pub(crate) static SOURCE_RANGES4: LpmTrie<Source<Addr4>, u32> =
+    LpmTrie::with_max_entries(limits::SOURCE_RANGES, 0);
+#[map(name = "source_ranges6")]
+pub(crate) static SOURCE_RANGES6: LpmTrie<Source<Addr6>, u32> =
+    LpmTrie::with_max_entries(limits::SOURCE_RANGES, 0);
 #[map(name = "edges")]
 pub(crate) static EDGES: HashMap<u32, Edge> = HashMap::with_max_entries(limits::EDGES, 0);
 #[map(name = "counters")]

@@ -13,6 +13,7 @@ use svc_lb_common::{Address, Protocol};
 use crate::guard::Concern;
 use crate::packet::MAX_QUOTED_WORDS;
 use crate::parse::Transport;
+use crate::service::Target;
 
 /// A packet whose headers have been read, and the flow it belongs to.
 #[repr(C)]
@@ -27,6 +28,8 @@ pub(crate) struct Met<A: Address> {
     pub(crate) reverse: Flow<A>,
     /// An entry that is in the way of it.
     pub(crate) other: Flow<A>,
+    /// The service that a packet without a flow is for.
+    pub(crate) target: Target,
     /// The part of the packet that a reject quotes.
     pub(crate) quoted: [u32; MAX_QUOTED_WORDS],
     /// The hash that a new flow's decisions start from.

@@ -1,7 +1,7 @@
 //! The packet's walk: one straight function per direction.
 //!
 //! entry -> guard -> parse -> conntrack hit?  -> rewrite -> forward -> outcome
-//!                         `-> service -> select -> open -^
+//!                         `-> service -> admit -> select -> open -^
 
 use svc_lb_common::config::REJECT_NO_LOCAL;
 use svc_lb_common::conntrack::{INBOUND, OUTBOUND, flow, state};
@@ -9,6 +9,7 @@ use svc_lb_common::edge::{POD, UPLINK, XDP};
 use svc_lb_common::outcome::{Event, Hook, Outcome};
 use svc_lb_common::service::{flag, kind};
 
+use crate::admit;
 use crate::config::enabled;
 use crate::conntrack::{self, Entry};
 use crate::family::{V4, V6};
@@ -137,12 +138,14 @@ fn decide<F: Stack>(
 ) -> Step<Decision> {
     let edge = forward::edge(interface);
     let bits = edge.map_or(UPLINK, |edge| edge.bits);
-    let target = match service::find::<F>(met) {
-        Ok(Aim::Service(target)) => target,
+    match service::find::<F>(met) {
+        Ok(Aim::Service) => {}
         Ok(Aim::UndefinedPort) => return Ok(Decision::Reject),
         Err(Outcome::NoFrontend) => return direct::<F>(met, bits, hook, ended),
         Err(outcome) => return Err(outcome),
-    };
+    }
+    let target = met.target;
+    admit::client::<F>(&target, met)?;
     let from_pod = bits & POD != 0;
     met.hash = select::hash(&met.key);
     let Some(choice) = select::backend::<F>(&target, from_pod, met)? else {

@@ -14,30 +14,34 @@ use crate::packet::Step;
 use crate::stats;
 
 /// A frontend's service.
+#[repr(C)]
+#[derive(Clone, Copy)]
 pub(crate) struct Target {
+    /// The service.
+    pub(crate) service: Service,
     /// Index of the service.
     pub(crate) index: u32,
     /// What the client's address is: see `service::kind`.
     pub(crate) kind: u32,
-    /// The service.
-    pub(crate) service: Service,
 }
 
-/// What a packet that may be for a frontend is for.
+/// What a packet that may be for a frontend is for. As wide as [`Outcome`], and the service lies in
+/// `met`: what is returned beside an outcome is undefined where there is one.
+#[repr(u32)]
 pub(crate) enum Aim {
-    /// A service.
-    Service(Target),
+    /// The service in `met.target`.
+    Service,
     /// An undefined port of a ClusterIP: to be rejected.
     UndefinedPort,
 }
 
 /// Finds the service: by address, port and protocol, then by NodePort.
 #[inline(always)]
-pub(crate) fn find<F: Family>(met: &Met<F::Addr>) -> Step<Aim> {
+pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>) -> Step<Aim> {
     let (address, port) = (met.key.destination, met.key.destination_port);
     let protocol = met.key.protocol;
     if let Some(frontend) = lookup::<F>(&FrontendKey::new(address, port, protocol)) {
-        return target(&frontend);
+        return target(&frontend, &mut met.target);
     }
     if !met.concern.frontend() {
         return Err(Outcome::NoFrontend);
@@ -50,7 +54,8 @@ pub(crate) fn find<F: Family>(met: &Met<F::Addr>) -> Step<Aim> {
                 return Err(Outcome::NoFrontend);
             }
             let key = FrontendKey::node_port(port, protocol);
-            target(&lookup::<F>(&key).ok_or(Outcome::NoFrontend)?)
+            let frontend = lookup::<F>(&key).ok_or(Outcome::NoFrontend)?;
+            target(&frontend, &mut met.target)
         }
         Some(entry) if entry.kind == kind::CLUSTER_IP as u32 && enabled(REJECT_UNDEFINED_PORT) => {
             Ok(Aim::UndefinedPort)
@@ -83,11 +88,11 @@ fn lookup<F: Family>(key: &FrontendKey<F::Addr>) -> Option<Frontend> {
 }
 
 #[inline(always)]
-fn target(frontend: &Frontend) -> Step<Aim> {
-    let service = read(&SERVICES, frontend.service).ok_or(Outcome::BadBackend)?;
-    Ok(Aim::Service(Target {
+fn target(frontend: &Frontend, found: &mut Target) -> Step<Aim> {
+    *found = Target {
+        service: read(&SERVICES, frontend.service).ok_or(Outcome::BadBackend)?,
         index: frontend.service,
         kind: frontend.kind,
-        service,
-    }))
+    };
+    Ok(Aim::Service)
 }

@@ -8,6 +8,8 @@
     reason = "what helpers of tests unwrap fails the test"
 )]
 
+#[path = "prog/admission.rs"]
+mod admission;
 #[path = "prog/bench.rs"]
 mod bench;
 #[path = "prog/clashes.rs"]

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
+use ipnet::IpNet;
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
@@ -33,13 +34,16 @@ use svc_lb_common::outcome::COUNTERS;
 use svc_lb_common::service::{
     Frontend as FrontendRecord, FrontendKey, SLOTS_PER_WORD, Service, kind,
 };
+use svc_lb_common::source_range::SourceRangeKey;
 use svc_lb_common::{Addr4, Addr6, Be16, Family, Protocol};
 
 const ARRAY: u32 = 2;
 const HASH: u32 = 1;
 const PERCPU_ARRAY: u32 = 6;
 const LRU_HASH: u32 = 9;
+const LPM_TRIE: u32 = 11;
 const DEVMAP_HASH: u32 = 25;
+const NO_PREALLOC: u32 = 1;
 const MMAPABLE: u32 = 1 << 10;
 
 fn sizes() -> Sizes {
@@ -49,6 +53,7 @@ fn sizes() -> Sizes {
         services: 61,
         slots: 514,
         backends: PerFamily { v4: 259, v6: 257 },
+        source_ranges: PerFamily { v4: 63, v6: 65 },
     }
 }
 
@@ -66,6 +71,7 @@ fn info<K, V>(kind: u32, max_entries: u32, flags: u32) -> MapInfo {
 fn map_infos(sizes: Sizes) -> BTreeMap<&'static str, MapInfo> {
     let [frontends4, frontends6] = name::FRONTENDS;
     let [backends4, backends6] = name::BACKENDS;
+    let [ranges4, ranges6] = name::SOURCE_RANGES;
     let [opening4, opening6] = name::OPENING;
     let [established4, established6] = name::ESTABLISHED;
     let flows4 = info::<FlowKey<Addr4>, Flow<Addr4>>(LRU_HASH, 20_000, 0);
@@ -102,6 +108,14 @@ fn map_infos(sizes: Sizes) -> BTreeMap<&'static str, MapInfo> {
         (
             backends6,
             info::<u32, BackendElement<Addr6>>(ARRAY, sizes.backends.v6, MMAPABLE),
+        ),
+        (
+            ranges4,
+            info::<SourceRangeKey<Addr4>, u32>(LPM_TRIE, sizes.source_ranges.v4, NO_PREALLOC),
+        ),
+        (
+            ranges6,
+            info::<SourceRangeKey<Addr6>, u32>(LPM_TRIE, sizes.source_ranges.v6, NO_PREALLOC),
         ),
         (opening4, flows4),
         (opening6, flows6),
@@ -147,6 +161,12 @@ fn any_backend(family: Family) -> impl Strategy<Value = Backend> {
     })
 }
 
+fn any_range(family: Family) -> impl Strategy<Value = IpNet> {
+    let longest = if family == Family::V4 { 32 } else { 128 };
+    (0..4u8, select(vec![0, 8, longest - 1, longest]))
+        .prop_map(move |(host, prefix)| IpNet::new(ip(family, 7, host), prefix).unwrap().trunc())
+}
+
 fn any_port(service: u8, family: Family) -> impl Strategy<Value = DesiredPort> {
     let extra = prop_oneof![
         (30_000..30_003u16).prop_map(|port| (FrontendAddress::Node, port, FrontendKind::NodePort)),
@@ -157,7 +177,9 @@ fn any_port(service: u8, family: Family) -> impl Strategy<Value = DesiredPort> {
     ];
     let backends = proptest::collection::vec(any_backend(family), 0..8);
     let extras = proptest::collection::vec(extra, 0..3);
-    (backends, extras, any::<[bool; 3]>()).prop_map(move |(backends, extras, bits)| {
+    let ranges = proptest::option::of(proptest::collection::vec(any_range(family), 0..4));
+    let parts = (backends, extras, any::<[bool; 3]>(), ranges);
+    parts.prop_map(move |(backends, extras, bits, source_ranges)| {
         let [internal_local, external_local, has_any] = bits;
         let own = FrontendAddress::Ip(ip(family, 0, service));
         let frontends = extras
@@ -183,7 +205,7 @@ fn any_port(service: u8, family: Family) -> impl Strategy<Value = DesiredPort> {
             external_local,
             has_any,
             affinity_seconds: None,
-            source_ranges: Vec::new(),
+            source_ranges,
         }
     })
 }
@@ -308,6 +330,7 @@ fn same(memory: &World<Memory>, kernel: &World<Kernel>) -> Result<(), TestCaseEr
     prop_assert_eq!(&memory.services, &kernel.services);
     prop_assert_eq!(&memory.slots, &kernel.slots);
     prop_assert_eq!(&memory.backends, &kernel.backends);
+    prop_assert_eq!(&memory.source_ranges, &kernel.source_ranges);
     prop_assert!(memory.guard == kernel.guard, "guard");
     prop_assert!(memory.guard_port == kernel.guard_port, "guard_port");
     Ok(())

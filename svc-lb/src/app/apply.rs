@@ -81,7 +81,9 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
     let mut sweep_is_stale = false;
     let mut sweep_time = interval(SWEEP);
     sweep_time.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    node.mark_changed();
+    // First of all: what is compiled depends on it.
+    let addresses = node.borrow_and_update().addresses.clone();
+    reconciler.set_node_addresses(&addresses);
     loop {
         let again = reconciler.apply(Instant::now());
         if reconciler.programmed() {

@@ -127,9 +127,12 @@ impl<D: Dataplane> Reconciler<D> {
         }
     }
 
-    /// Says which of the node's addresses serve NodePorts.
+    /// Says which addresses the node has: where NodePorts are served.
     pub fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) {
         self.planner.set_node_addresses(addresses.iter().copied());
+        for name in self.model.set_node_addresses(addresses) {
+            self.compile(name);
+        }
     }
 
     /// Writes what is pending, unless a failure a moment ago forbids it. Returns when to come
@@ -366,7 +369,9 @@ mod tests {
     use crate::dataplane::memory::Memory;
     use crate::dataplane::{PerFamily, Sizes};
     use crate::model::build::{endpoint, object, port, service, slice};
-    use crate::model::{Change, Object, ServiceType, TrafficPolicy};
+    use crate::model::{
+        Change, IpMode, LoadBalancerIngress, Object, ServiceType, TrafficPolicy,
+    };
     use crate::standalone;
 
     const SOURCES: [SourceId; 2] = [SourceId(0), SourceId(1)];
@@ -376,6 +381,7 @@ mod tests {
         services: 64,
         slots: 256,
         backends: PerFamily { v4: 64, v6: 64 },
+        source_ranges: PerFamily { v4: 64, v6: 64 },
     };
 
     fn reconciler<D: Dataplane>(dataplane: D) -> Reconciler<D> {
@@ -448,6 +454,44 @@ mod tests {
         assert!(reconciler.programmed());
         assert_eq!(reconciler.services().last_error, None);
         assert!(!reconciler.dataplane.inner().frontends().is_empty());
+    }
+
+    /// B7: ranges that hold an address of the node admit the load balancer's too, whenever the node
+    /// gets such an address.
+    #[test]
+    fn source_ranges_follow_the_nodes_addresses() {
+        let mut reconciler = reconciler(Memory::new(SIZES));
+        let vip: IpAddr = "198.51.100.1".parse().unwrap();
+        let mut web = service("web", &["10.96.0.1"]);
+        web.source_ranges = vec!["192.0.2.0/24".parse().unwrap()];
+        web.load_balancer = vec![LoadBalancerIngress {
+            ip: vip,
+            mode: IpMode::Vip,
+        }];
+        let [_, endpoints] = lists();
+        let services = Batch {
+            source: SOURCES[0],
+            changes: vec![Change::Upsert(object(web)), Change::InitialListComplete],
+        };
+        reconciler.take([services, endpoints]);
+        reconciler.apply(Instant::now());
+        let (index, _) = reconciler.names().pop_first().unwrap();
+        assert!(!reconciler.dataplane.admits(index, vip));
+        for (address, admitted) in [("192.0.2.1", true), ("192.0.3.1", false)] {
+            let addresses = [address.parse().unwrap()].into();
+            reconciler.set_node_addresses(&addresses);
+            assert_eq!(reconciler.apply(Instant::now()), None);
+            assert_eq!(
+                reconciler.dataplane.admits(index, vip),
+                admitted,
+                "{address}"
+            );
+        }
+        assert!(
+            reconciler
+                .dataplane
+                .admits(index, "192.0.2.77".parse().unwrap())
+        );
     }
 
     #[test]

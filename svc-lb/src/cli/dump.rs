@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
+use ipnet::IpNet;
 use serde::Serialize;
 use svc_lb_common::conntrack::{self, flow, state};
 use svc_lb_common::outcome::{Event, Hook, Outcome, counter};
@@ -50,6 +51,8 @@ enum What {
     Frontends,
     /// Backends of all services.
     Backends,
+    /// Whom services admit at load balancer addresses, where not everyone.
+    SourceRanges,
     /// Flows, both maps: what a packet's addresses are and become.
     Conntrack,
     /// Packets by hook and outcome, and events.
@@ -71,6 +74,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<ExitCode> {
         What::Services => services(&tables(&kernel, global)?, *output),
         What::Frontends => frontends(&tables(&kernel, global)?, *output),
         What::Backends => backends(&tables(&kernel, global)?, *output),
+        What::SourceRanges => source_ranges(&tables(&kernel, global)?, *output),
         What::Conntrack => flows(&kernel, &names(global), *output),
         What::Counters => counters(&kernel, *all, *output),
     }?;
@@ -154,6 +158,9 @@ fn policy(service: &ServiceView) -> String {
     }
     if let Some(seconds) = service.affinity_seconds {
         parts.push(format!("affinity {seconds} s"));
+    }
+    if let Some(ranges) = &service.source_ranges {
+        parts.push(format!("{} source ranges", ranges.len()));
     }
     parts.join("\n")
 }
@@ -267,6 +274,39 @@ fn backends(tables: &Tables, format: Format) -> Result<()> {
             set_names(state),
             backend.generation.to_string(),
         ]);
+    }
+    output::print(&output::text(&table))
+}
+
+#[derive(Serialize)]
+struct SourceRangeRow<'a> {
+    service: u32,
+    name: Option<&'a PortKey>,
+    /// None: nobody is admitted.
+    range: Option<&'a IpNet>,
+}
+
+fn source_ranges(tables: &Tables, format: Format) -> Result<()> {
+    let mut rows = Vec::new();
+    for service in &tables.services {
+        let row = |range| SourceRangeRow {
+            service: service.index,
+            name: service.name.as_ref(),
+            range,
+        };
+        match &service.source_ranges {
+            Some(ranges) if ranges.is_empty() => rows.push(row(None)),
+            Some(ranges) => rows.extend(ranges.iter().map(|range| row(Some(range)))),
+            None => {}
+        }
+    }
+    if format == Format::Json {
+        return output::json(&rows);
+    }
+    let mut table = output::table(&["SERVICE", "ADMITS"]);
+    for row in rows {
+        let range = row.range.map_or("nobody".to_owned(), ToString::to_string);
+        table.add_row([service_name(row.service, row.name), range]);
     }
     output::print(&output::text(&table))
 }

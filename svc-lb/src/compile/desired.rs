@@ -109,6 +109,6 @@ pub struct DesiredPort {
     pub has_any: bool,
     /// sessionAffinity `ClientIP`, with its timeout in seconds.
     pub affinity_seconds: Option<u32>,
-    /// loadBalancerSourceRanges of this family; empty admits everyone.
-    pub source_ranges: Vec<IpNet>,
+    /// Whom the load balancer's frontends admit, sorted; `None` for everyone, none for nobody.
+    pub source_ranges: Option<Vec<IpNet>>,
 }

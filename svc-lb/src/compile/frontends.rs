@@ -10,7 +10,7 @@ use super::{
     desired::{Frontend, FrontendAddress, FrontendKind},
     notes::{Notes, Reason},
 };
-use crate::model::{IpMode, Service, ServicePort, ServiceType, family_of};
+use crate::model::{IpMode, NodeFacts, Service, ServicePort, ServiceType, family_of};
 
 /// Why nothing at all is programmed for a Service.
 pub(super) fn why_skipped(service: &Service, options: &CompileOptions) -> Option<Reason> {
@@ -103,17 +103,40 @@ pub(super) fn externally_accessible(frontends: &[Frontend]) -> bool {
         .any(|frontend| frontend.kind != FrontendKind::ClusterIp)
 }
 
-/// The source ranges of one family, sorted (SEMANTICS B7).
-pub(super) fn source_ranges(service: &Service, family: Family) -> Vec<IpNet> {
-    let mut ranges: Vec<IpNet> = service
-        .source_ranges
-        .iter()
-        .filter(|range| family_of(range.addr()) == family)
-        .map(IpNet::trunc)
-        .collect();
+/// Whom the load balancer's frontends admit, sorted: everyone where there is no range of the family
+/// (SEMANTICS B7).
+pub(super) fn source_ranges(
+    service: &Service,
+    frontends: &[Frontend],
+    family: Family,
+    node: &NodeFacts,
+) -> Option<Vec<IpNet>> {
+    let mut ranges: Vec<IpNet> = ranges_of(service, family).map(IpNet::trunc).collect();
+    let balanced: Vec<IpAddr> = frontends.iter().filter_map(balanced_ip).collect();
+    if ranges.is_empty() || balanced.is_empty() {
+        return None;
+    }
+    // Where a load balancer's address is one of the node's too, the node's own packets to it have
+    // it as their source.
+    let holds = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
+    if node.addresses.iter().any(holds) {
+        ranges.extend(balanced.into_iter().map(IpNet::from));
+    }
     ranges.sort_unstable();
     ranges.dedup();
-    ranges
+    Some(ranges)
+}
+
+fn ranges_of(service: &Service, family: Family) -> impl Iterator<Item = &IpNet> {
+    let ranges = service.source_ranges.iter();
+    ranges.filter(move |range| family_of(range.addr()) == family)
+}
+
+fn balanced_ip(frontend: &Frontend) -> Option<IpAddr> {
+    match (frontend.kind, frontend.address) {
+        (FrontendKind::LoadBalancer, FrontendAddress::Ip(ip)) => Some(ip),
+        _ => None,
+    }
 }
 
 /// Says what a served family leaves out.
@@ -130,7 +153,7 @@ pub(super) fn note_family(service: &Service, family: Family, notes: &mut Notes) 
         }
     }
     let ranges_of_other_family =
-        !service.source_ranges.is_empty() && source_ranges(service, family).is_empty();
+        !service.source_ranges.is_empty() && ranges_of(service, family).next().is_none();
     if balanced && ranges_of_other_family {
         notes.family(family, Reason::SourceRangesOfOtherFamily);
     }

@@ -160,6 +160,7 @@ fn compile_port(
     if restricted && !policy_local {
         notes.add(Reason::OutsideReachesLocalBackendsOnly);
     }
+    let source_ranges = frontends::source_ranges(service, &frontends, family, node);
     let set = endpoints::categorize(port, family, slices, node, usage, &mut notes);
     DesiredPort {
         key,
@@ -169,6 +170,6 @@ fn compile_port(
         external_local,
         has_any: set.has_any,
         affinity_seconds: service.affinity_seconds,
-        source_ranges: frontends::source_ranges(service, family),
+        source_ranges,
     }
 }

@@ -35,6 +35,7 @@ fn node() -> NodeFacts {
     NodeFacts {
         name: "node-a".to_owned(),
         zone: Some("z1".to_owned()),
+        addresses: [ip("192.0.2.1"), ip("2001:db8:2::1")].into(),
     }
 }
 
@@ -539,6 +540,31 @@ fn a13_published_not_ready() {
     }
 }
 
+fn admitted(port: &DesiredPort) -> Vec<String> {
+    let ranges = port.source_ranges.iter().flatten();
+    ranges.map(ToString::to_string).collect()
+}
+
+/// SEMANTICS B7: where a range holds an address of the node, the load balancer's own addresses are
+/// admitted too; and ranges without a load balancer's address are for nobody.
+#[test]
+fn b7_the_node_reaches_its_own_load_balancers() {
+    let mut web = service("web", &["10.96.0.10", "fd00:10:96::10"]);
+    web.source_ranges = ["192.0.2.0/24", "2001:db8:3::/48"]
+        .map(|range| range.parse().expect("a range"))
+        .to_vec();
+    web.external_ips = vec![ip("198.51.100.9")];
+    assert_eq!(compiled(&web, &[]).ports[0].source_ranges, None);
+    web.load_balancer = vec![vip("198.51.100.1"), vip("198.51.100.2"), vip("2001:db8::1")];
+    let compiled = compiled(&web, &[]);
+    assert_eq!(
+        admitted(&compiled.ports[0]),
+        ["192.0.2.0/24", "198.51.100.1/32", "198.51.100.2/32"]
+    );
+    // The node's IPv6 address is in none of the ranges.
+    assert_eq!(admitted(&compiled.ports[1]), ["2001:db8:3::/48"]);
+}
+
 /// SEMANTICS B7: ranges go by family; a family without any admits everyone, and that is said.
 #[test]
 fn b7_source_ranges() {
@@ -547,13 +573,11 @@ fn b7_source_ranges() {
     let ranges = ["203.0.113.9/24", "10.0.0.0/8", "203.0.113.0/24"];
     web.source_ranges = ranges.iter().map(|r| r.parse().expect("a range")).collect();
     let compiled = compiled(&web, &[]);
-    let texts: Vec<String> = compiled.ports[0]
-        .source_ranges
-        .iter()
-        .map(ToString::to_string)
-        .collect();
-    assert_eq!(texts, ["10.0.0.0/8", "203.0.113.0/24"]);
-    assert!(compiled.ports[1].source_ranges.is_empty());
+    assert_eq!(
+        admitted(&compiled.ports[0]),
+        ["10.0.0.0/8", "203.0.113.0/24"]
+    );
+    assert_eq!(compiled.ports[1].source_ranges, None);
     let open: Vec<_> = compiled
         .notes
         .iter()
@@ -794,8 +818,8 @@ fn d8_node_without_zone() {
         hinted(endpoint("10.244.2.1", "node-b"), &[], &["z2"]),
     ];
     let nowhere = NodeFacts {
-        name: "node-a".into(),
         zone: None,
+        ..node()
     };
     let slices = [slice("web-1", "web", endpoints)];
     let compiled = compile(&web, &slices, &nowhere, &CompileOptions::default());
@@ -1007,7 +1031,7 @@ proptest! {
         web.internal_policy = internal;
         web.external_policy = external;
         web.ports[0].node_port = accessible.then(|| port(30123));
-        let node = NodeFacts { name: "node-a".into(), zone: zone.map(str::to_owned) };
+        let node = NodeFacts { zone: zone.map(str::to_owned), ..node() };
 
         let endpoints: Vec<Endpoint> = unique.into_values().map(|(e, _)| e).collect();
         let expected = oracle(&endpoints, &web, &node);

@@ -7,7 +7,7 @@ use svc_lb_common::hash::{M1, mix};
 
 use super::{
     BackendRecord, Dataplane, DataplaneError, FlowEntry, FrontendAt, FrontendValue, GuardBit,
-    Result, ServiceWord, Sizes, Snapshot,
+    Result, ServiceWord, Sizes, Snapshot, SourceRange,
 };
 
 /// A dataplane whose operations fail with a chance of `rate` in 1,024, drawn from a seed.
@@ -141,6 +141,18 @@ impl<D: Dataplane> Dataplane for Faulty<D> {
     fn delete_frontends(&mut self, family: Family, frontends: &[FrontendAt]) -> Result<()> {
         self.attempt("delete from", "frontends", frontends, |inner, frontends| {
             inner.delete_frontends(family, frontends)
+        })
+    }
+
+    fn put_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()> {
+        self.attempt("update", "source ranges", ranges, |inner, ranges| {
+            inner.put_source_ranges(family, ranges)
+        })
+    }
+
+    fn delete_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()> {
+        self.attempt("delete from", "source ranges", ranges, |inner, ranges| {
+            inner.delete_source_ranges(family, ranges)
         })
     }
 

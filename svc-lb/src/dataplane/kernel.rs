@@ -3,13 +3,13 @@
 //! Arrays are written through memory: one aligned u64 store, with Release ordering, is what a
 //! program on another CPU sees whole. Hashes are written by batches.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use aya_obj::generated::{BPF_F_MMAPABLE, bpf_map_type};
+use aya_obj::generated::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_map_type};
 use svc_lb_common::backend::Backend;
 use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::edge::Edge;
@@ -17,13 +17,14 @@ use svc_lb_common::guard::PORT_WORDS;
 use svc_lb_common::limits::name;
 use svc_lb_common::outcome::COUNTERS;
 use svc_lb_common::service::{Frontend, FrontendKey, SLOTS_PER_WORD, Service, slot};
+use svc_lb_common::source_range::{ADMITTED, SourceRangeKey};
 use svc_lb_common::{Addr4, Addr6, Family, HostAddress};
 
 use super::memory::{check_slots, in_bounds};
 use super::sys::map::{self, MapInfo, MappedArray, TypedMap, from_words, map_info, to_words};
 use super::{
     BackendRecord, Dataplane, DataplaneError, FlowEntry, FlowTable, FrontendAt, FrontendValue,
-    GuardBit, PerFamily, Result, ServiceWord, Sizes, Snapshot, map_name,
+    GuardBit, PerFamily, Result, ServiceWord, Sizes, Snapshot, SourceRange, map_name,
 };
 
 /// Descriptors of the maps by their names in [`name`].
@@ -57,6 +58,14 @@ impl Shape {
             key: size_of::<K>(),
             value: size_of::<V>(),
             flags: 0,
+        }
+    }
+
+    const fn trie<K, V>() -> Self {
+        Self {
+            // The kernel has no other tries.
+            flags: BPF_F_NO_PREALLOC,
+            ..Self::of::<K, V>(bpf_map_type::BPF_MAP_TYPE_LPM_TRIE)
         }
     }
 
@@ -103,9 +112,9 @@ impl MapSet {
     fn take_typed<K: aya::Pod, V: aya::Pod>(
         &mut self,
         map: &'static str,
-        kind: bpf_map_type,
+        shape: &Shape,
     ) -> Result<(TypedMap<K, V>, u32)> {
-        let (fd, entries) = self.take(map, &Shape::of::<K, V>(kind))?;
+        let (fd, entries) = self.take(map, shape)?;
         let typed = TypedMap::new(fd).map_err(|source| failed("open", map, source))?;
         Ok((typed, entries))
     }
@@ -125,6 +134,7 @@ struct FamilyMaps<A: HostAddress> {
     family: Family,
     frontends: TypedMap<FrontendKey<A>, Frontend>,
     backends: MappedArray,
+    source_ranges: TypedMap<SourceRangeKey<A>, u32>,
 }
 
 /// One family's flows.
@@ -167,9 +177,9 @@ where
     Flow<A>: aya::Pod,
 {
     fn take(maps: &mut MapSet, family: Family) -> Result<Self> {
-        let lru = bpf_map_type::BPF_MAP_TYPE_LRU_HASH;
-        let (opening, _) = maps.take_typed(map_name(name::OPENING, family), lru)?;
-        let (established, _) = maps.take_typed(map_name(name::ESTABLISHED, family), lru)?;
+        let lru = Shape::of::<FlowKey<A>, Flow<A>>(bpf_map_type::BPF_MAP_TYPE_LRU_HASH);
+        let (opening, _) = maps.take_typed(map_name(name::OPENING, family), &lru)?;
+        let (established, _) = maps.take_typed(map_name(name::ESTABLISHED, family), &lru)?;
         Ok(Self {
             family,
             opening,
@@ -194,6 +204,7 @@ where
 struct FamilySizes {
     frontends: u32,
     backends: u32,
+    source_ranges: u32,
 }
 
 /// The maps of the running kernel. `Send`, and the only writer of what it writes.
@@ -258,7 +269,8 @@ impl Kernel {
         let (v4, sizes4) = FamilyMaps::take(&mut maps, Family::V4)?;
         let (v6, sizes6) = FamilyMaps::take(&mut maps, Family::V6)?;
         let flows = Flows::new(&mut maps)?;
-        let (edges, _) = maps.take_typed(name::EDGES, bpf_map_type::BPF_MAP_TYPE_HASH)?;
+        let hash = Shape::of::<u32, Edge>(bpf_map_type::BPF_MAP_TYPE_HASH);
+        let (edges, _) = maps.take_typed(name::EDGES, &hash)?;
         let counters = Shape::of::<u32, u64>(bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY);
         let (counters, rows) = maps.take(name::COUNTERS, &counters)?;
         if rows != COUNTERS {
@@ -280,6 +292,10 @@ impl Kernel {
             backends: PerFamily {
                 v4: sizes4.backends,
                 v6: sizes6.backends,
+            },
+            source_ranges: PerFamily {
+                v4: sizes4.source_ranges,
+                v6: sizes6.source_ranges,
             },
         };
         Ok(Self {
@@ -383,22 +399,27 @@ where
     FlowKey<A>: aya::Pod,
     Flow<A>: aya::Pod,
     Backend<A>: aya::Pod,
+    SourceRangeKey<A>: aya::Pod,
 {
     fn take(maps: &mut MapSet, family: Family) -> Result<(Self, FamilySizes)> {
-        let (frontends, frontend_count) = maps.take_typed(
-            map_name(name::FRONTENDS, family),
-            bpf_map_type::BPF_MAP_TYPE_HASH,
-        )?;
+        let hash = Shape::of::<FrontendKey<A>, Frontend>(bpf_map_type::BPF_MAP_TYPE_HASH);
+        let (frontends, frontend_count) =
+            maps.take_typed(map_name(name::FRONTENDS, family), &hash)?;
         let (backends, backend_count) =
             maps.take_array::<Backend<A>>(map_name(name::BACKENDS, family))?;
+        let trie = Shape::trie::<SourceRangeKey<A>, u32>();
+        let (source_ranges, range_count) =
+            maps.take_typed(map_name(name::SOURCE_RANGES, family), &trie)?;
         let sizes = FamilySizes {
             frontends: frontend_count,
             backends: backend_count,
+            source_ranges: range_count,
         };
         let maps = Self {
             family,
             frontends,
             backends,
+            source_ranges,
         };
         Ok((maps, sizes))
     }
@@ -470,6 +491,34 @@ where
                 into.insert(FrontendAt::from_key(key), value);
             })
             .map_err(|source| failed("read", self.name(name::FRONTENDS), source))
+    }
+
+    fn range_keys(&self, ranges: &[SourceRange]) -> Result<Vec<SourceRangeKey<A>>> {
+        let key = |range: &SourceRange| {
+            let address = range.net.addr();
+            range.to_key().ok_or_else(|| self.wrong_family(address))
+        };
+        ranges.iter().map(key).collect()
+    }
+
+    fn put_source_ranges(&self, ranges: &[SourceRange]) -> Result<()> {
+        let keys = self.range_keys(ranges)?;
+        self.source_ranges
+            .update_all(&keys, &vec![ADMITTED; keys.len()])
+            .map_err(|source| failed("update", self.name(name::SOURCE_RANGES), source))
+    }
+
+    fn delete_source_ranges(&self, ranges: &[SourceRange]) -> Result<()> {
+        let keys = self.range_keys(ranges)?;
+        self.source_ranges
+            .delete_all(&keys)
+            .map_err(|source| failed("delete from", self.name(name::SOURCE_RANGES), source))
+    }
+
+    fn read_source_ranges(&self, into: &mut BTreeSet<SourceRange>) -> Result<()> {
+        self.source_ranges
+            .visit_singly(&mut |key, _| into.extend(SourceRange::from_key(key)))
+            .map_err(|source| failed("read", self.name(name::SOURCE_RANGES), source))
     }
 
     fn read_backends(&self) -> Vec<(u32, BackendRecord)> {
@@ -548,6 +597,14 @@ impl Dataplane for Kernel {
         with_family!(self, family, maps => maps.delete_frontends(frontends))
     }
 
+    fn put_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()> {
+        with_family!(self, family, maps => maps.put_source_ranges(ranges))
+    }
+
+    fn delete_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()> {
+        with_family!(self, family, maps => maps.delete_source_ranges(ranges))
+    }
+
     fn snapshot(&self) -> Result<Snapshot> {
         let read = |array: &MappedArray| -> Vec<u64> {
             let words = array.words().iter();
@@ -556,6 +613,9 @@ impl Dataplane for Kernel {
         let mut frontends = BTreeMap::new();
         self.v4.read_frontends(&mut frontends)?;
         self.v6.read_frontends(&mut frontends)?;
+        let mut source_ranges = BTreeSet::new();
+        self.v4.read_source_ranges(&mut source_ranges)?;
+        self.v6.read_source_ranges(&mut source_ranges)?;
         let mut slots: Vec<u32> = read(&self.slots)
             .into_iter()
             .flat_map(|word| (0..SLOTS_PER_WORD).map(move |i| slot(word, i)))
@@ -572,6 +632,7 @@ impl Dataplane for Kernel {
                 v4: self.v4.read_backends(),
                 v6: self.v6.read_backends(),
             },
+            source_ranges: source_ranges.into_iter().collect(),
         })
     }
 

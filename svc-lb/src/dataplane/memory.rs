@@ -1,8 +1,9 @@
 //! The maps as plain tables in memory, with the kernel's limits and none of its surprises: what
 //! the planner is tested on, and a model of the kernel's side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 
 use svc_lb_common::guard::PORT_WORDS;
 use svc_lb_common::limits::name;
@@ -11,7 +12,7 @@ use svc_lb_common::{Family, limits};
 
 use super::{
     BackendRecord, Dataplane, DataplaneError, FlowEntry, FrontendAt, FrontendValue, GuardBit,
-    PerFamily, Result, ServiceWord, Sizes, Snapshot, map_name,
+    PerFamily, Result, ServiceWord, Sizes, Snapshot, SourceRange, map_name,
 };
 
 /// The maps, in memory.
@@ -25,6 +26,7 @@ pub struct Memory {
     services: BTreeMap<u32, Service>,
     slots: BTreeMap<u32, u32>,
     backends: PerFamily<BTreeMap<u32, BackendRecord>>,
+    source_ranges: PerFamily<BTreeSet<SourceRange>>,
     /// The flow maps' entries; the programs would write them.
     pub flows: Vec<FlowEntry>,
 }
@@ -37,6 +39,7 @@ impl Default for Sizes {
             services: limits::SERVICES,
             slots: limits::SLOT_WORDS * SLOTS_PER_WORD,
             backends: PerFamily::from_fn(|_| limits::BACKENDS),
+            source_ranges: PerFamily::from_fn(|_| limits::SOURCE_RANGES),
         }
     }
 }
@@ -54,6 +57,7 @@ impl Memory {
             services: BTreeMap::new(),
             slots: BTreeMap::new(),
             backends: PerFamily::default(),
+            source_ranges: PerFamily::default(),
             flows: Vec::new(),
         }
     }
@@ -89,6 +93,15 @@ impl Memory {
     #[must_use]
     pub fn backend(&self, family: Family, id: u32) -> Option<BackendRecord> {
         self.backends.of(family).get(&id).copied()
+    }
+
+    /// Whether a range of the service holds the address.
+    #[must_use]
+    pub fn admits(&self, service: u32, address: IpAddr) -> bool {
+        let ranges = self.source_ranges.of(Family::of(address));
+        ranges
+            .iter()
+            .any(|range| range.service == service && range.net.contains(&address))
     }
 
     /// Whether a bit is set.
@@ -259,6 +272,33 @@ impl Dataplane for Memory {
         Ok(())
     }
 
+    fn put_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()> {
+        let limit = *self.sizes.source_ranges.of(family) as usize;
+        let table = self.source_ranges.of_mut(family);
+        for range in ranges {
+            if range.family() != family {
+                let address = range.net.addr();
+                return Err(DataplaneError::WrongFamily { address, family });
+            }
+            if table.len() >= limit && !table.contains(range) {
+                return Err(DataplaneError::Kernel {
+                    operation: "update",
+                    object: map_name(name::SOURCE_RANGES, family).to_owned(),
+                    source: io::Error::from_raw_os_error(libc::ENOSPC),
+                });
+            }
+            table.insert(*range);
+        }
+        Ok(())
+    }
+
+    fn delete_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()> {
+        for range in ranges {
+            self.source_ranges.of_mut(family).remove(range);
+        }
+        Ok(())
+    }
+
     fn snapshot(&self) -> Result<Snapshot> {
         let filled = |table: &BTreeMap<u32, BackendRecord>| {
             table.iter().map(|(id, record)| (*id, *record)).collect()
@@ -284,6 +324,10 @@ impl Dataplane for Memory {
                 .collect(),
             slots: (0..length).map(|position| self.slot(position)).collect(),
             backends: PerFamily::from_fn(|family| filled(self.backends.of(family))),
+            source_ranges: {
+                let PerFamily { v4, v6 } = &self.source_ranges;
+                v4.union(v6).copied().collect()
+            },
         })
     }
 

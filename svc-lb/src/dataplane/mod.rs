@@ -7,11 +7,13 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use ipnet::IpNet;
 use serde::Serialize;
 use svc_lb_common::backend::{self, Backend};
 use svc_lb_common::conntrack::{self, Flow, FlowKey};
 use svc_lb_common::guard;
 use svc_lb_common::service::{Frontend, FrontendKey, Service};
+use svc_lb_common::source_range::SourceRangeKey;
 use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
 
 pub mod attach;
@@ -150,6 +152,8 @@ pub struct Sizes {
     pub slots: u32,
     /// Elements of `backends4`, `backends6`; id 0 is never used.
     pub backends: PerFamily<u32>,
+    /// Entries of `source_ranges4`, `source_ranges6`.
+    pub source_ranges: PerFamily<u32>,
 }
 
 /// Where clients send to: the key of a frontend or of an address entry, in `std`'s types.
@@ -310,6 +314,45 @@ impl BackendRecord {
     }
 }
 
+/// Clients that a service admits at its load balancer addresses.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd, Serialize)]
+pub struct SourceRange {
+    /// Index of the service.
+    pub service: u32,
+    /// Their addresses; no bits are set behind the prefix.
+    pub net: IpNet,
+}
+
+impl SourceRange {
+    /// The family of the map it belongs into.
+    #[must_use]
+    pub fn family(&self) -> Family {
+        Family::of(self.net.addr())
+    }
+
+    /// The map's key; `None` for the other family.
+    #[must_use]
+    pub fn to_key<A: HostAddress>(&self) -> Option<SourceRangeKey<A>> {
+        let address = A::from_ip(self.net.network())?;
+        Some(SourceRangeKey::new(
+            self.service,
+            address,
+            self.net.prefix_len(),
+        ))
+    }
+
+    /// From the map's key; `None` for one that no agent writes, which leaves out bits of the
+    /// service.
+    #[must_use]
+    pub fn from_key<A: HostAddress>(key: &SourceRangeKey<A>) -> Option<Self> {
+        let net = IpNet::new(key.source.address.to_ip(), key.prefix()?).ok()?;
+        Some(Self {
+            service: key.source.service,
+            net: net.trunc(),
+        })
+    }
+}
+
 /// One word of a [`Service`]: the unit in which user space can publish.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -403,6 +446,8 @@ pub struct Snapshot {
     pub slots: Vec<u32>,
     /// Elements that are not all zero, by family and id; id 0 included where it is damaged.
     pub backends: PerFamily<Vec<(u32, BackendRecord)>>,
+    /// Both families, sorted.
+    pub source_ranges: Vec<SourceRange>,
 }
 
 /// Which of the two flow maps.
@@ -584,6 +629,12 @@ pub trait Dataplane {
 
     /// Deletes frontends and address entries; absent ones are fine.
     fn delete_frontends(&mut self, family: Family, frontends: &[FrontendAt]) -> Result<()>;
+
+    /// Inserts source ranges; each counts at once where its service's flags ask for them.
+    fn put_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()>;
+
+    /// Deletes source ranges; absent ones are fine.
+    fn delete_source_ranges(&mut self, family: Family, ranges: &[SourceRange]) -> Result<()>;
 
     /// Reads everything back.
     fn snapshot(&self) -> Result<Snapshot>;

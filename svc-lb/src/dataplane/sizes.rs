@@ -66,6 +66,7 @@ impl MapSizes {
             (name::OPENING, established / 4),
             (name::ESTABLISHED, established),
             (name::AFFINITY, limits::AFFINITY),
+            (name::SOURCE_RANGES, limits::SOURCE_RANGES),
         ];
         for (names, entries) in families {
             sizes.extend(names.map(|name| (name, entries)));

@@ -1,6 +1,6 @@
 //! The trimmed, validated objects: only what selects, addresses or explains a backend.
 
-use std::{fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
+use std::{collections::BTreeSet, fmt, net::IpAddr, num::NonZeroU16, sync::Arc};
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -358,4 +358,6 @@ pub struct NodeFacts {
     pub name: String,
     /// Its zone, once its Node object told (SEMANTICS D8).
     pub zone: Option<String>,
+    /// Its addresses, as far as others can use them.
+    pub addresses: BTreeSet<IpAddr>,
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -30,6 +31,7 @@ impl Model {
             node: NodeFacts {
                 name: node_name.into(),
                 zone: None,
+                addresses: BTreeSet::new(),
             },
             node_leaves: false,
             services: BTreeMap::new(),
@@ -61,6 +63,18 @@ impl Model {
             }
         }
         affected
+    }
+
+    /// Says which addresses the node has; returns the Services that must be compiled again: whether
+    /// a source range holds one of them matters (SEMANTICS B7).
+    pub fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) -> BTreeSet<ObjectName> {
+        if self.node.addresses == *addresses {
+            return BTreeSet::new();
+        }
+        self.node.addresses.clone_from(addresses);
+        let restricted = |service: &&Service| !service.source_ranges.is_empty();
+        let services = self.services().filter(restricted);
+        services.map(|service| service.name.clone()).collect()
     }
 
     /// The node's facts.

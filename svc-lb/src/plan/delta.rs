@@ -207,7 +207,8 @@ pub(super) fn options_of(desired: &DesiredPort) -> u64 {
     let bit = |on: bool, bit: u32| if on { bit } else { 0 };
     let flags = bit(desired.internal_local, flag::INTERNAL_LOCAL)
         | bit(desired.external_local, flag::EXTERNAL_LOCAL)
-        | bit(desired.has_any, flag::HAS_ANY);
+        | bit(desired.has_any, flag::HAS_ANY)
+        | bit(desired.source_ranges.is_some(), flag::SOURCE_RANGES);
     let seconds = desired.affinity_seconds.unwrap_or(0);
     Service::new(Range(0), Range(0), flags, seconds).options
 }
@@ -283,6 +284,12 @@ impl Port {
                 generation: held.generation,
             });
         }
+    }
+
+    /// Whether readers may be looking for its source ranges.
+    pub(super) fn may_be_restricted(&self) -> bool {
+        let restricted = |options: u64| options & u64::from(flag::SOURCE_RANGES) != 0;
+        self.options.is_none_or(restricted)
     }
 
     /// Whether nothing is left to take back.

@@ -17,6 +17,7 @@ mod ids;
 mod phases;
 mod refusal;
 mod restore;
+mod source_ranges;
 pub mod view;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use serde::Serialize;
 use svc_lb_common::service::{Range, Service, kind};
 use svc_lb_common::{Family, Protocol, guard as guard_bits};
@@ -41,6 +43,7 @@ use self::ids::{IdPool, RunPool};
 use self::phases::Draft;
 use self::refusal::Shortage;
 use self::restore::Restored;
+use self::source_ranges::SourceRanges;
 use crate::compile::desired::{DesiredPort, Frontend, FrontendAddress, FrontendKind, PortKey};
 use crate::dataplane::{
     Dataplane, FAMILIES, FlowClock, FrontendAt, GuardBit, PerFamily, Result, Sizes,
@@ -95,6 +98,7 @@ pub struct Planner {
     slots: RunPool,
     guard: Guard,
     frontends: Frontends,
+    source_ranges: SourceRanges,
     named: BTreeMap<Arc<PortKey>, Named>,
     ports: BTreeMap<u32, Port>,
     /// Words of free indexes that are not all zero.
@@ -144,6 +148,7 @@ impl Planner {
             slots: RunPool::new(sizes.slots),
             guard: Guard::new(words, ports),
             frontends: Frontends::new(sizes.guard_words),
+            source_ranges: SourceRanges::default(),
             named: BTreeMap::new(),
             ports: BTreeMap::new(),
             idle: BTreeMap::new(),
@@ -212,6 +217,7 @@ impl Planner {
             || !self.planned.is_empty()
             || !self.guard.to_set().is_empty()
             || self.frontends.is_dirty()
+            || self.source_ranges.is_dirty()
             || self.node_dirty
             || self.room && !(self.refused.is_empty() && self.node == self.node_claimed)
             || self
@@ -240,6 +246,7 @@ impl Planner {
             self.plan_named(key, &mut draft);
         }
         self.plan_unclaimed(&mut draft);
+        self.plan_source_ranges(&mut draft);
         self.plan_frontends(&mut draft);
         let bits: Vec<_> = self.guard.to_set().iter().copied().collect();
         if !bits.is_empty() {
@@ -268,6 +275,7 @@ impl Planner {
         for index in std::mem::take(&mut self.removing) {
             self.drop_port(index);
         }
+        self.source_ranges.settled();
         let bits = self.frontends.settled();
         let removed = self
             .restored
@@ -406,6 +414,11 @@ impl Planner {
             let pool = self.backends.of(family);
             let limit = *self.sizes.backends.of(family);
             uses.push(ids(Table::Backends(family), pool, limit));
+            uses.push(TableUse {
+                table: Table::SourceRanges(family).name(),
+                used: self.source_ranges.used(family),
+                limit: *self.sizes.source_ranges.of(family),
+            });
         }
         uses
     }
@@ -490,7 +503,8 @@ impl Planner {
         }
     }
 
-    /// What has no room to grow still shrinks: backends and frontends that left go.
+    /// What has no room to grow still shrinks: backends, frontends and source ranges that left go. It
+    /// may end up admitting nobody, but never everybody.
     fn plan_rest(
         &mut self,
         key: &Arc<PortKey>,
@@ -502,6 +516,9 @@ impl Planner {
         if let Some(port) = self.ports.get(&index) {
             rest.backends
                 .retain(|backend| port.find(backend.address).is_some());
+        }
+        if let Some(nets) = &mut rest.source_ranges {
+            nets.retain(|net| self.source_ranges.is_used(index, *net));
         }
         let family = key.family;
         rest.frontends.retain(|frontend| {
@@ -542,6 +559,15 @@ impl Planner {
         let free = limit.saturating_sub(self.frontends.used(family)) as usize;
         if places.len() > free {
             return Err(full(Table::Frontends(family), places.len(), free, limit));
+        }
+        let known =
+            |net: &IpNet| index.is_some_and(|index| self.source_ranges.is_used(index, *net));
+        let nets = desired.source_ranges.iter().flatten();
+        let needed = nets.filter(|net| !known(net)).count();
+        let limit = *self.sizes.source_ranges.of(family);
+        let free = limit.saturating_sub(self.source_ranges.used(family)) as usize;
+        if needed > free {
+            return Err(full(Table::SourceRanges(family), needed, free, limit));
         }
         let port = index.and_then(|index| self.ports.get(&index));
         let new: Vec<SocketAddr> = desired
@@ -694,6 +720,8 @@ impl Planner {
             .collect();
         claims.sort_unstable();
         self.set_claims(key, claims);
+        let nets = desired.source_ranges.as_deref().unwrap_or_default();
+        self.source_ranges.set(index, nets);
         let Some(port) = self.ports.get_mut(&index) else {
             return;
         };
@@ -721,6 +749,7 @@ impl Planner {
                 self.frontends.touch(at);
             }
         }
+        self.source_ranges.set(index, &[]);
         let Some(port) = self.ports.get_mut(&index) else {
             return;
         };
@@ -745,6 +774,7 @@ impl Planner {
             _ => return,
         }
         self.frontends.touch_unclaimed();
+        self.source_ranges.touch_unwanted();
         let unclaimed: Vec<_> = self
             .ports
             .iter()
@@ -757,6 +787,26 @@ impl Planner {
         for (index, words) in &self.idle {
             if words.options != 0 {
                 draft.push(Phase::ServiceRemovals, clear_options(*index));
+            }
+        }
+    }
+
+    /// Ranges that a published flag makes readers look for go after the flag; others can go at once.
+    fn plan_source_ranges(&self, draft: &mut Draft) {
+        for (range, difference) in self.source_ranges.differences() {
+            match difference {
+                source_ranges::Difference::Put => {
+                    draft.push(Phase::SourceRanges, Op::PutSourceRange(range));
+                }
+                source_ranges::Difference::Delete => {
+                    let port = self.ports.get(&range.service);
+                    let phase = if port.is_some_and(Port::may_be_restricted) {
+                        Phase::SourceRangeRemovals
+                    } else {
+                        Phase::SourceRanges
+                    };
+                    draft.push(phase, Op::DeleteSourceRange(range));
+                }
             }
         }
     }
@@ -847,6 +897,11 @@ impl Planner {
                     None => port.options = Some(*value),
                 }
             }
+            Op::PutSourceRange(range) => self.source_ranges.was_written(*range, true),
+            Op::DeleteSourceRange(range) => {
+                self.source_ranges.was_written(*range, false);
+                self.room = true;
+            }
             Op::PutFrontend { at, value } => self.frontends.was_written(*at, Some(*value)),
             Op::DeleteFrontend(at) => {
                 self.frontends.was_written(*at, None);
@@ -881,6 +936,9 @@ impl Planner {
                         None => port.options = None,
                     }
                 }
+            }
+            Op::PutSourceRange(range) | Op::DeleteSourceRange(range) => {
+                self.source_ranges.is_unknown(*range);
             }
             Op::PutFrontend { at, .. } | Op::DeleteFrontend(at) => self.frontends.is_unknown(*at),
         }
@@ -1023,6 +1081,12 @@ fn normalize(port: &mut DesiredPort) {
         FrontendAddress::Node => true,
         FrontendAddress::Ip(address) => Family::of(address) == family && !address.is_unspecified(),
     });
+    if let Some(nets) = &mut port.source_ranges {
+        nets.retain(|net| Family::of(net.addr()) == family);
+        nets.iter_mut().for_each(|net| *net = net.trunc());
+        nets.sort_unstable();
+        nets.dedup();
+    }
     port.frontends.sort_unstable();
     port.frontends
         .dedup_by_key(|frontend| (frontend.address, frontend.port));

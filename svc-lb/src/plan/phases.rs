@@ -8,16 +8,15 @@
 //! | [`Guard`](Phase::Guard) | no packet to or from a new address slips past the guard |
 //! | [`Backends`](Phase::Backends) | every id that a slot will name exists; bits only grow |
 //! | [`Slots`](Phase::Slots) | fresh ranges are full before anything names them |
+//! | [`SourceRanges`](Phase::SourceRanges) | whoever a service will admit is there before its flag is |
 //! | [`Services`](Phase::Services) | one store swaps a range; see [`service_words`] |
 //! | [`Frontends`](Phase::Frontends) | clients find only services that are complete |
 //! | [`FrontendRemovals`](Phase::FrontendRemovals) | clients stop finding what goes |
 //! | [`ServiceRemovals`](Phase::ServiceRemovals) | sets that end empty, or that nobody finds, are emptied |
+//! | [`SourceRangeRemovals`](Phase::SourceRangeRemovals) | nobody looks for what is missing |
 //! | [`BackendRemovals`](Phase::BackendRemovals) | ids that no range names are marked gone |
 //!
-//! Source ranges and affinity will come between slots and services: what a service's flags
-//! switch on must be there before them.
-//!
-//! What the last three leave behind is reused only after a grace period
+//! What the last four leave behind is reused only after a grace period
 //! ([`Planner::reclaim`](super::Planner::reclaim)).
 
 use std::net::SocketAddr;
@@ -29,7 +28,7 @@ use svc_lb_common::service::Range;
 
 use crate::dataplane::{
     BackendRecord, Dataplane, DataplaneError, FAMILIES, FrontendAt, FrontendValue, GuardBit,
-    PerFamily, Result, ServiceWord,
+    PerFamily, Result, ServiceWord, SourceRange,
 };
 
 /// The steps of a plan, in order.
@@ -42,6 +41,8 @@ pub enum Phase {
     Backends,
     /// Fresh slot ranges are filled.
     Slots,
+    /// Source ranges are inserted; those that no flag leads to are deleted.
+    SourceRanges,
     /// Ranges and options of services are published.
     Services,
     /// Frontends and address entries are inserted or pointed elsewhere.
@@ -50,20 +51,24 @@ pub enum Phase {
     FrontendRemovals,
     /// Sets that end empty are emptied, and services without frontends.
     ServiceRemovals,
+    /// Source ranges are deleted.
+    SourceRangeRemovals,
     /// Bits of backends are lost; backends that left are marked gone, one generation on.
     BackendRemovals,
 }
 
 impl Phase {
     /// All of them, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Guard,
         Self::Backends,
         Self::Slots,
+        Self::SourceRanges,
         Self::Services,
         Self::Frontends,
         Self::FrontendRemovals,
         Self::ServiceRemovals,
+        Self::SourceRangeRemovals,
         Self::BackendRemovals,
     ];
 }
@@ -120,6 +125,10 @@ pub enum Op {
         /// Its value.
         value: u64,
     },
+    /// Inserts a source range.
+    PutSourceRange(SourceRange),
+    /// Deletes a source range.
+    DeleteSourceRange(SourceRange),
     /// Inserts or replaces a frontend or an address entry.
     PutFrontend {
         /// Key.
@@ -181,6 +190,8 @@ impl Batch {
             | Op::SetBits { .. }
             | Op::Retire { .. }
             | Op::StoreService { .. }
+            | Op::PutSourceRange(_)
+            | Op::DeleteSourceRange(_)
             | Op::PutFrontend { .. }
             | Op::DeleteFrontend(_) => 1,
         };
@@ -282,6 +293,8 @@ struct Calls {
     metas: PerFamily<Vec<(u32, u64)>>,
     frontends: PerFamily<Vec<(FrontendAt, FrontendValue)>>,
     removals: PerFamily<Vec<FrontendAt>>,
+    ranges: PerFamily<Vec<SourceRange>>,
+    range_removals: PerFamily<Vec<SourceRange>>,
 }
 
 /// Does one phase. After an error any part of it may be done.
@@ -305,6 +318,10 @@ pub fn execute(batch: &Batch, dataplane: &mut impl Dataplane) -> Result<()> {
                 word,
                 value,
             } => dataplane.store_service(*service, *word, *value)?,
+            Op::PutSourceRange(range) => calls.ranges.of_mut(range.family()).push(*range),
+            Op::DeleteSourceRange(range) => {
+                calls.range_removals.of_mut(range.family()).push(*range);
+            }
             Op::PutFrontend { at, value } => {
                 calls.frontends.of_mut(at.family()).push((*at, *value));
             }
@@ -332,6 +349,15 @@ impl Calls {
             let frontends = self.frontends.of(family);
             if !frontends.is_empty() {
                 dataplane.put_frontends(family, frontends)?;
+            }
+            // Those that go make room for those that come.
+            let range_removals = self.range_removals.of(family);
+            if !range_removals.is_empty() {
+                dataplane.delete_source_ranges(family, range_removals)?;
+            }
+            let ranges = self.ranges.of(family);
+            if !ranges.is_empty() {
+                dataplane.put_source_ranges(family, ranges)?;
             }
             let removals = self.removals.of(family);
             if !removals.is_empty() {

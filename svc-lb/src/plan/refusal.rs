@@ -21,6 +21,8 @@ pub enum Table {
     Slots,
     /// Backends of one family.
     Backends(Family),
+    /// Source ranges of one family.
+    SourceRanges(Family),
 }
 
 impl Table {
@@ -32,6 +34,7 @@ impl Table {
             Self::Services => name::SERVICES,
             Self::Slots => name::SLOTS,
             Self::Backends(family) => map_name(name::BACKENDS, family),
+            Self::SourceRanges(family) => map_name(name::SOURCE_RANGES, family),
         }
     }
 }
@@ -40,7 +43,8 @@ impl Table {
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize, thiserror::Error)]
 #[serde(rename_all = "kebab-case")]
 pub enum Refusal {
-    /// No room. A port that was programmed before keeps what it has, less what left it.
+    /// No room. A port that was programmed before keeps what it has, less what left it; of source
+    /// ranges that do not fit it admits those that were there, even if that is nobody.
     #[error(
         "{} needs {needed} more in table {name}, where {free} of {limit} are free; raise it with \
          --map-size {name}=ENTRIES",

@@ -35,6 +35,8 @@ pub struct Damage {
     pub services: u32,
     /// Backends of no service or of the wrong family, second ids of one endpoint, and id 0.
     pub backends: u32,
+    /// Source ranges of a service that cannot be.
+    pub source_ranges: u32,
 }
 
 impl Damage {
@@ -98,6 +100,7 @@ impl Planner {
         planner.restore_frontends(snapshot, &mut found);
         planner.restore_backends(snapshot, &found);
         planner.restore_services(snapshot);
+        planner.restore_source_ranges(snapshot);
         planner.restore_free(snapshot);
         for (index, port) in &planner.ports {
             if *index != STRAYS && !found.frontends_of.contains_key(index) {
@@ -242,6 +245,17 @@ impl Planner {
                 if !intact {
                     self.damage.services += 1;
                 }
+            }
+        }
+    }
+
+    /// Those of an index that is free go with what nobody claims, or before the next owner's are
+    /// published.
+    fn restore_source_ranges(&mut self, snapshot: &Snapshot) {
+        for range in &snapshot.source_ranges {
+            self.source_ranges.restore(*range);
+            if !(1..self.sizes.services).contains(&range.service) {
+                self.damage.source_ranges += 1;
             }
         }
     }

@@ -25,6 +25,7 @@ fn sizes() -> Sizes {
         services: 64,
         slots: 512,
         backends: PerFamily { v4: 256, v6: 256 },
+        source_ranges: PerFamily { v4: 64, v6: 64 },
     }
 }
 
@@ -65,6 +66,25 @@ fn external(family: Family, host: u8) -> Frontend {
     }
 }
 
+fn balanced(family: Family, host: u8) -> Frontend {
+    Frontend {
+        kind: FrontendKind::LoadBalancer,
+        ..external(family, host)
+    }
+}
+
+/// Clients that source ranges may hold or not, and the networks of eight of them each.
+const CLIENTS: u8 = 24;
+
+fn client(family: Family, host: u8) -> IpAddr {
+    ip(family, 7, host)
+}
+
+fn clients_net(family: Family, number: u8) -> IpNet {
+    let prefix = if family == Family::V4 { 29 } else { 125 };
+    IpNet::new(client(family, number * 8), prefix).unwrap()
+}
+
 fn node_port(port: u16) -> Frontend {
     Frontend {
         address: FrontendAddress::Node,
@@ -96,7 +116,7 @@ fn port(service: u8, hosts: &[u8]) -> DesiredPort {
         external_local: false,
         has_any: !hosts.is_empty(),
         affinity_seconds: None,
-        source_ranges: Vec::new(),
+        source_ranges: None,
         key,
     }
 }
@@ -114,6 +134,8 @@ struct Found {
     service: (u32, u32),
     /// For clients that the policies let pick from the Local set, and for the others.
     sets: Vec<BTreeSet<SocketAddr>>,
+    /// Which [`CLIENTS`] it admits.
+    admitted: BTreeSet<IpAddr>,
 }
 
 /// Looks up every frontend as the programs do, and fails on whatever they would stumble over.
@@ -196,9 +218,14 @@ fn read_one(memory: &Memory, at: &FrontendAt, index: u32, kind: u8) -> Found {
     } else {
         vec![chosen.clone(), cluster]
     };
+    let restricted = kind == kind::LOAD_BALANCER && flags & flag::SOURCE_RANGES != 0;
     Found {
         service: (index, flags),
         sets,
+        admitted: (0..CLIENTS)
+            .map(|host| client(at.family(), host))
+            .filter(|client| !restricted || memory.admits(index, *client))
+            .collect(),
     }
 }
 
@@ -248,6 +275,8 @@ impl Watch {
             }
             Op::SetGuard(_)
             | Op::SetBits { .. }
+            | Op::PutSourceRange(_)
+            | Op::DeleteSourceRange(_)
             | Op::PutFrontend { .. }
             | Op::DeleteFrontend(_) => {}
         }
@@ -316,7 +345,8 @@ fn apply_watched(
     true
 }
 
-/// Whoever finds backends before and after a change finds some all the while, and no others.
+/// Whoever finds backends before and after a change finds some all the while, and no others; whoever
+/// is admitted before and after is all the while, and whoever is neither never is.
 fn check_step(
     before: &BTreeMap<FrontendAt, Found>,
     now: &BTreeMap<FrontendAt, Found>,
@@ -330,10 +360,19 @@ fn check_step(
         let found = now
             .get(at)
             .unwrap_or_else(|| panic!("{at:?} vanished at {op:?}"));
-        // One that changes hands while its old service switches policy may be without for a while.
+        // One that changes hands while its old service switches policy may be without for a while, and
+        // meet either service's old or new ranges.
         let moves = old.service.0 != new.service.0;
         if moves && found.service.0 == old.service.0 && found.service != old.service {
             continue;
+        }
+        for client in old.admitted.intersection(&new.admitted) {
+            let admitted = found.admitted.contains(client);
+            assert!(admitted, "{at:?} turns {client} away at {op:?}");
+        }
+        for client in &found.admitted {
+            let expected = old.admitted.contains(client) || new.admitted.contains(client);
+            assert!(expected || moves, "{at:?} lets {client} in at {op:?}");
         }
         for ((old, found), new) in old.sets.iter().zip(&found.sets).zip(&new.sets) {
             if !old.is_empty() && !new.is_empty() {
@@ -404,6 +443,7 @@ fn check_tables(wanted: &Wanted, nodes: &BTreeSet<IpAddr>, planner: &Planner, me
         assert_eq!(service.external_local, port.external_local);
         assert_eq!(service.has_any, port.has_any);
         assert_eq!(service.affinity_seconds, port.affinity_seconds);
+        assert_eq!(service.source_ranges, port.source_ranges, "{key:?}");
         seen.insert(service.index, key);
     }
     let mut expected: BTreeMap<FrontendAt, u8> = BTreeMap::new();
@@ -550,6 +590,16 @@ fn any_backends(family: Family) -> impl Strategy<Value = Vec<Backend>> {
     })
 }
 
+/// Everyone, nobody, or the clients of some networks.
+fn any_ranges(family: Family) -> impl Strategy<Value = Option<Vec<IpNet>>> {
+    let some = proptest::collection::btree_set(0..CLIENTS / 8, 0..3);
+    let nets = some.prop_map(move |numbers| {
+        let net = |number| clients_net(family, number);
+        numbers.into_iter().map(net).collect()
+    });
+    proptest::option::of(nets)
+}
+
 fn any_port(service: u8, port: &'static str, family: Family) -> impl Strategy<Value = DesiredPort> {
     let key = key(service, port, family);
     let extras = proptest::collection::btree_set(0..6u8, 0..3);
@@ -558,26 +608,30 @@ fn any_port(service: u8, port: &'static str, family: Family) -> impl Strategy<Va
         extras,
         any::<[bool; 3]>(),
         select(vec![None, Some(10), Some(10_800)]),
+        any_ranges(family),
     )
-        .prop_map(move |(backends, extras, bits, affinity_seconds)| {
-            let [internal_local, external_local, has_any] = bits;
-            let mut frontends = vec![cluster_ip(&key, service + 1)];
-            frontends.extend(extras.into_iter().map(|extra| match extra {
-                0..3 => node_port(30_000 + u16::from(extra)),
-                _ => external(family, extra),
-            }));
-            frontends.sort_unstable();
-            DesiredPort {
-                key: key.clone(),
-                frontends,
-                backends,
-                internal_local,
-                external_local,
-                has_any,
-                affinity_seconds,
-                source_ranges: Vec::new(),
-            }
-        })
+        .prop_map(
+            move |(backends, extras, bits, affinity_seconds, source_ranges)| {
+                let [internal_local, external_local, has_any] = bits;
+                let mut frontends = vec![cluster_ip(&key, service + 1)];
+                frontends.extend(extras.into_iter().map(|extra| match extra {
+                    0..2 => node_port(30_000 + u16::from(extra)),
+                    2..5 => balanced(family, extra),
+                    _ => external(family, extra),
+                }));
+                frontends.sort_unstable();
+                DesiredPort {
+                    key: key.clone(),
+                    frontends,
+                    backends,
+                    internal_local,
+                    external_local,
+                    has_any,
+                    affinity_seconds,
+                    source_ranges,
+                }
+            },
+        )
 }
 
 fn any_service(service: u8) -> impl Strategy<Value = Vec<DesiredPort>> {
@@ -684,6 +738,7 @@ impl World {
                 // A failed write may leave two ids of one endpoint, and nothing else.
                 let damage = self.planner.damage();
                 assert_eq!((damage.frontends, damage.services), (0, 0));
+                assert_eq!(damage.source_ranges, 0);
                 assert!(self.rate > 0 || damage.backends == 0);
             }
         }
@@ -761,6 +816,8 @@ proptest! {
             prop_assert_eq!(found.services, expected.services, "after {} phases", done);
             prop_assert_eq!(found.slots, expected.slots, "after {} phases", done);
             prop_assert_eq!(found.backends, expected.backends, "after {} phases", done);
+            let (ranges, whole) = (found.source_ranges, expected.source_ranges);
+            prop_assert_eq!(ranges, whole, "after {} phases", done);
             prop_assert!(found.guard == expected.guard, "guard after {} phases", done);
         }
     }

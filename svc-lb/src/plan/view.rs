@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use serde::Serialize;
 use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL, LOCAL, SERVING};
 use svc_lb_common::service::{Range, Service, flag, kind};
@@ -42,6 +43,8 @@ pub struct ServiceView {
     pub has_any: bool,
     /// ClientIP affinity, seconds.
     pub affinity_seconds: Option<u32>,
+    /// Whom load balancer frontends admit, sorted; `None` for everyone.
+    pub source_ranges: Option<Vec<IpNet>>,
     /// Who is in the Cluster set.
     pub cluster: Vec<Member>,
     /// Who is in the Local set.
@@ -159,6 +162,7 @@ fn entry<'a>(
         external_local: false,
         has_any: false,
         affinity_seconds: None,
+        source_ranges: None,
         cluster: Vec::new(),
         local: Vec::new(),
         backends: Vec::new(),
@@ -173,6 +177,8 @@ impl ServiceView {
         self.has_any = flags & flag::HAS_ANY != 0;
         let seconds = words.affinity_seconds();
         self.affinity_seconds = (seconds != 0).then_some(seconds);
+        self.source_ranges =
+            (flags & flag::SOURCE_RANGES != 0).then(|| ranges_of(self.index, snapshot));
         self.cluster = self.members(words.cluster, snapshot);
         self.local = self.members(words.local, snapshot);
     }
@@ -201,6 +207,15 @@ impl ServiceView {
         let backend = self.backends.iter().find(|backend| backend.id == id)?;
         Some(backend.address)
     }
+}
+
+/// A service's source ranges, found in the sorted list.
+fn ranges_of(service: u32, snapshot: &Snapshot) -> Vec<IpNet> {
+    let all = &snapshot.source_ranges;
+    let first = all.partition_point(|range| range.service < service);
+    let ranges = all.iter().skip(first);
+    let own = ranges.take_while(|range| range.service == service);
+    own.map(|range| range.net).collect()
 }
 
 impl FrontendView {

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use fastrand::Rng;
+use ipnet::IpNet;
 use svc_lb::compile::desired::{Backend, DesiredPort, FrontendKind};
 use svc_lb_common::config::{
     Config, DROP_UNALLOCATED, OUTSIDE_LOCAL, REJECT_NO_LOCAL, REJECT_UNDEFINED_PORT,
@@ -122,6 +123,7 @@ pub fn service(rng: &mut Rng, number: usize) -> Option<DesiredPort> {
     described.internal_local = rng.u8(..4) == 0;
     described.external_local = rng.u8(..3) == 0;
     described.affinity_seconds = (rng.u8(..3) == 0).then_some(10);
+    described.source_ranges = (rng.u8(..3) == 0).then(|| ranges(rng, family));
     let all_at_once = rng.u8(..6) == 0;
     for host in 0..8 {
         if all_at_once || rng.u8(..3) > 0 {
@@ -140,6 +142,19 @@ pub fn service(rng: &mut Rng, number: usize) -> Option<DesiredPort> {
     }
     described.has_any = !described.backends.is_empty() || rng.u8(..4) == 0;
     Some(described)
+}
+
+/// Ranges that hold some of the clients: all outside, few of them, single ones, or everyone.
+fn ranges(rng: &mut Rng, family: Family) -> Vec<IpNet> {
+    let longest = if family == Family::V4 { 32 } else { 128 };
+    let range = |rng: &mut Rng| {
+        let role = if rng.bool() { Role::Outside } else { Role::Pod };
+        let wider = rng.choice([0, 0, 1, 2, 8, longest]).expect("a width");
+        let client = address(family, role, rng.u8(..4));
+        let net = IpNet::new(client, longest - wider).expect("not too long");
+        net.trunc()
+    };
+    (0..rng.u8(..4)).map(|_| range(rng)).collect()
 }
 
 /// A service's family and protocol, which it keeps.

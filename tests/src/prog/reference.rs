@@ -11,7 +11,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use svc_lb::dataplane::{BackendRecord, FrontendAt, FrontendValue, GuardBit, Snapshot};
+use svc_lb::dataplane::{
+    BackendRecord, FrontendAt, FrontendValue, GuardBit, Snapshot, SourceRange,
+};
 use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL, SERVING};
 use svc_lb_common::config::{
     Config, DROP_UNALLOCATED, OUTSIDE_LOCAL, REJECT_NO_LOCAL, REJECT_UNDEFINED_PORT,
@@ -72,6 +74,7 @@ struct Tables {
     backends: HashMap<(Family, u32), BackendRecord>,
     hints: Vec<u64>,
     ports: Vec<u64>,
+    source_ranges: Vec<SourceRange>,
 }
 
 /// A client's choice that holds.
@@ -290,6 +293,7 @@ impl Reference {
                 .collect(),
             hints: snapshot.guard.clone(),
             ports: snapshot.guard_port.clone(),
+            source_ranges: snapshot.source_ranges.clone(),
         };
     }
 
@@ -453,6 +457,7 @@ impl Reference {
         };
         let service = self.tables.services.get(&index).copied();
         let service = service.unwrap_or(Service::new(Range(0), Range(0), 0, 0));
+        self.admit(index, &service, used, read.tuple.source.ip())?;
         let from_pod = bits & edge::POD != 0;
         let Some((id, backend)) = self.select(index, &service, used, from_pod, &read.tuple)? else {
             return match ended {
@@ -624,6 +629,32 @@ impl Reference {
                 Err(Outcome::Unallocated)
             }
             _ => Err(Outcome::NoFrontend),
+        }
+    }
+
+    /// Whether a client may have a flow: anyone who is one host, but for what source ranges say about load balancers'
+    /// addresses.
+    fn admit(&self, index: u32, service: &Service, used: u8, client: IpAddr) -> Step<()> {
+        let nobody = match client {
+            IpAddr::V4(client) => {
+                client.octets()[0] == 0
+                    || client.is_loopback()
+                    || client.is_multicast()
+                    || client.is_broadcast()
+            }
+            IpAddr::V6(client) => {
+                client.is_unspecified() || client.is_loopback() || client.is_multicast()
+            }
+        };
+        if nobody {
+            return Err(Outcome::Martian);
+        }
+        let open = used != kind::LOAD_BALANCER || service.flags() & flag::SOURCE_RANGES == 0;
+        let mut ranges = self.tables.source_ranges.iter();
+        if open || ranges.any(|range| range.service == index && range.net.contains(&client)) {
+            Ok(())
+        } else {
+            Err(Outcome::SourceRange)
         }
     }
 

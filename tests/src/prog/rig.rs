@@ -350,9 +350,11 @@ fn map_set(ebpf: &Ebpf) -> MapSet {
 )]
 fn descriptor(map: &Map) -> OwnedFd {
     let data: &MapData = match map {
-        Map::Array(data) | Map::HashMap(data) | Map::LruHashMap(data) | Map::PerCpuArray(data) => {
-            data
-        }
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LpmTrie(data)
+        | Map::LruHashMap(data)
+        | Map::PerCpuArray(data) => data,
         other => panic!("not one of our kinds: {other:?}"),
     };
     data.fd()

@@ -26,7 +26,7 @@ pub fn port(service: &str, protocol: Protocol, family: Family) -> DesiredPort {
         external_local: false,
         has_any: false,
         affinity_seconds: None,
-        source_ranges: Vec::new(),
+        source_ranges: None,
     }
 }
 
@@ -49,6 +49,9 @@ pub trait Describe: Sized {
     /// Adds backends that are ready on this node.
     #[must_use]
     fn local_backends(self, at: &[SocketAddr]) -> Self;
+    /// Admits the clients in these ranges at load balancers' addresses.
+    #[must_use]
+    fn admits(self, ranges: &[&str]) -> Self;
 }
 
 impl Describe for DesiredPort {
@@ -79,6 +82,12 @@ impl Describe for DesiredPort {
     fn local_backends(mut self, at: &[SocketAddr]) -> Self {
         self.backends.extend(at.iter().map(|at| ready(*at, true)));
         self.has_any |= !at.is_empty();
+        self
+    }
+
+    fn admits(mut self, ranges: &[&str]) -> Self {
+        let parse = |range: &&str| range.parse().expect("a range");
+        self.source_ranges = Some(ranges.iter().map(parse).collect());
         self
     }
 }

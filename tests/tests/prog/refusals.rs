@@ -106,7 +106,8 @@ fn some_are_refused_in_silence() {
         for source in sources.map(at) {
             let w = world(Family::of(source.ip()));
             bench.program(w.port(Protocol::Udp));
-            let frame = Frame::udp(source, w.vip);
+            // Of a frontend that is there they would be martians.
+            let frame = Frame::udp(source, at_port(w.vip, 81));
             bench.pod_sends(&frame).dropped(Outcome::RejectSilent);
         }
         // Nothing of it used up the limit.

@@ -279,7 +279,9 @@ impl<K: Pod, V: Pod> TypedMap<K, V> {
         }
     }
 
-    fn visit_singly(&self, visit: &mut dyn FnMut(&K, &V)) -> io::Result<()> {
+    /// Shows every entry, one call for each: of tries, whose batches need another kind of position.
+    /// Entries that come and go meanwhile may be missed or be shown twice.
+    pub fn visit_singly(&self, visit: &mut dyn FnMut(&K, &V)) -> io::Result<()> {
         let mut key = self.next_key(None)?;
         while let Some(current) = key {
             if let Some(value) = self.get(&current)? {

@@ -4,7 +4,7 @@ use svc_lb_common::conntrack::{INBOUND, OUTBOUND};
 use svc_lb_common::service::kind;
 
 use super::*;
-use crate::dataplane::{BackendRecord, FlowEntry, FlowTable, FrontendValue};
+use crate::dataplane::{BackendRecord, FlowEntry, FlowTable, FrontendValue, SourceRange};
 
 fn planned(ports: &[DesiredPort]) -> (Planner, Memory) {
     let mut planner = Planner::new(sizes());
@@ -65,6 +65,108 @@ fn the_phases_of_a_new_service_come_in_order() {
         ]
     );
     assert!(phases.is_sorted_by_key(|phase| Phase::ALL.iter().position(|other| other == phase)));
+}
+
+/// A port behind a load balancer's address too, which admits these networks of clients.
+fn restricted(service: u8, numbers: &[u8]) -> DesiredPort {
+    let mut port = port(service, &[1]);
+    port.frontends.push(balanced(Family::V4, service));
+    port.source_ranges = Some(
+        numbers
+            .iter()
+            .map(|number| clients_net(Family::V4, *number))
+            .collect(),
+    );
+    port
+}
+
+fn phases(plan: &Plan) -> Vec<Phase> {
+    plan.batches.iter().map(|batch| batch.phase).collect()
+}
+
+/// B7: what the flag makes readers look for is there before it, and gone after it.
+#[test]
+fn source_ranges_come_before_their_flag_and_go_after_it() {
+    let mut planner = Planner::new(sizes());
+    let mut memory = Memory::new(sizes());
+    set(&mut planner, &[restricted(0, &[0, 1])]);
+    let order = phases(&planner.plan());
+    assert_eq!(
+        order[2..],
+        [
+            Phase::Slots,
+            Phase::SourceRanges,
+            Phase::Services,
+            Phase::Frontends
+        ]
+    );
+    step(&mut planner, &mut memory);
+    let admits = |memory: &Memory| -> Vec<bool> {
+        let net = |number: u8| memory.admits(1, client(Family::V4, number * 8));
+        (0..3).map(net).collect()
+    };
+    assert_eq!(admits(&memory), [true, true, false]);
+
+    // From one set to another: first those that come, then those that go.
+    set(&mut planner, &[restricted(0, &[1, 2])]);
+    let order = phases(&planner.plan());
+    assert_eq!(order, [Phase::SourceRanges, Phase::SourceRangeRemovals]);
+    step(&mut planner, &mut memory);
+    assert_eq!(admits(&memory), [false, true, true]);
+
+    let mut open = restricted(0, &[]);
+    open.source_ranges = None;
+    set(&mut planner, &[open]);
+    let order = phases(&planner.plan());
+    assert_eq!(order, [Phase::Services, Phase::SourceRangeRemovals]);
+    step(&mut planner, &mut memory);
+    assert_eq!(admits(&memory), [false; 3]);
+    assert_eq!(memory.service(1).flags() & flag::SOURCE_RANGES, 0);
+}
+
+/// B7: ranges of an index that was never published do not become its next owner's.
+#[test]
+fn source_ranges_left_at_a_free_index_go_before_its_next_owner_is_published() {
+    let mut memory = Memory::new(sizes());
+    let left = SourceRange {
+        service: 1,
+        net: clients_net(Family::V4, 2),
+    };
+    memory.put_source_ranges(Family::V4, &[left]).unwrap();
+    let wanted = Wanted::from([(v4(0), restricted(0, &[0]))]);
+    let mut planner = restart(&memory.snapshot().unwrap(), &wanted, &BTreeSet::new());
+    assert!(planner.damage().is_none());
+    let plan = planner.plan();
+    let removal = plan
+        .batches
+        .iter()
+        .find(|batch| batch.ops.contains(&Op::DeleteSourceRange(left)))
+        .map(|batch| batch.phase);
+    assert_eq!(removal, Some(Phase::SourceRanges));
+    assert!(Phase::SourceRanges < Phase::Services);
+    step(&mut planner, &mut memory);
+    assert_eq!(planner.names()[&1], v4(0), "the same index");
+    settle(&mut planner, &mut memory, &wanted, &BTreeSet::new());
+}
+
+#[test]
+fn source_ranges_of_no_service_are_removed() {
+    let (_, mut memory) = planned(&[restricted(0, &[0])]);
+    let wanted = Wanted::from([(v4(0), restricted(0, &[0]))]);
+    let stray = |service| SourceRange {
+        service,
+        net: clients_net(Family::V4, 1),
+    };
+    let strays = [stray(0), stray(9), stray(sizes().services)];
+    memory.put_source_ranges(Family::V4, &strays).unwrap();
+    let mut planner = restart(&memory.snapshot().unwrap(), &wanted, &BTreeSet::new());
+    let damage = Damage {
+        source_ranges: 2,
+        ..damage(0, 0, 0)
+    };
+    assert_eq!(planner.damage(), damage, "index 9 is merely free");
+    step(&mut planner, &mut memory);
+    settle(&mut planner, &mut memory, &wanted, &BTreeSet::new());
 }
 
 #[test]
@@ -391,6 +493,42 @@ fn a_service_without_room_to_grow_still_loses_what_left() {
     assert!(planner.refusals().is_empty());
 }
 
+/// B7: without room for its ranges a service is not programmed, and one that is there admits nobody
+/// new; it never admits everybody.
+#[test]
+fn a_full_source_range_table_refuses_the_object_and_admits_nobody_new() {
+    let (mut planner, mut memory) = small(|sizes| sizes.source_ranges.v4 = 3);
+    let mut open = restricted(0, &[]);
+    open.source_ranges = None;
+    set(&mut planner, &[open, restricted(1, &[0, 1])]);
+    step(&mut planner, &mut memory);
+    assert!(planner.refusals().is_empty());
+
+    set(
+        &mut planner,
+        &[restricted(0, &[0, 1]), restricted(2, &[0, 1])],
+    );
+    step(&mut planner, &mut memory);
+    let messages: Vec<_> = planner.refusals().iter().map(ToString::to_string).collect();
+    let message = |service| {
+        format!(
+            "service ns/s{service} (TCP, IPv4) needs 2 more in table source_ranges4, where 1 of 3 \
+             are free; raise it with --map-size source_ranges4=ENTRIES"
+        )
+    };
+    assert_eq!(messages, [message(0), message(2)]);
+    assert!(found(&planner, &memory, &v4(2)).is_empty());
+    assert_ne!(memory.service(1).flags() & flag::SOURCE_RANGES, 0);
+    assert!(!memory.admits(1, client(Family::V4, 0)));
+    assert!(!planner.is_pending(), "what has no room waits for room");
+
+    planner.remove_service(&name(1));
+    step(&mut planner, &mut memory);
+    step(&mut planner, &mut memory);
+    assert_eq!(planner.refusals().len(), 1, "room for one of them");
+    assert!(memory.admits(1, client(Family::V4, 0)));
+}
+
 #[test]
 fn a_node_address_without_room_is_refused_by_name() {
     let (mut planner, mut memory) = small(|sizes| sizes.frontends.v4 = 2);
@@ -696,6 +834,7 @@ fn damage(frontends: u32, services: u32, backends: u32) -> Damage {
         frontends,
         services,
         backends,
+        source_ranges: 0,
     }
 }
 
@@ -844,6 +983,7 @@ fn missing_guard_bits_are_set_again() {
 #[test]
 fn tables_are_shown_without_an_agent() {
     let mut port = port(0, &[1, 2]);
+    port.source_ranges = Some(vec![clients_net(Family::V4, 1)]);
     port.affinity_seconds = Some(60);
     port.frontends.push(node_port(30_001));
     let (_, memory) = planned(&[port]);
@@ -853,6 +993,10 @@ fn tables_are_shown_without_an_agent() {
     };
     assert_eq!((service.index, &service.name), (1, &None));
     assert_eq!(service.affinity_seconds, Some(60));
+    assert_eq!(
+        service.source_ranges,
+        Some(vec![clients_net(Family::V4, 1)])
+    );
     assert_eq!(service.frontends.len(), 2);
     let shares: Vec<_> = service
         .cluster
