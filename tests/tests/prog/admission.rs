@@ -104,6 +104,7 @@ fn b7_source_ranges_are_the_load_balancers_alone() {
                 .outside_sends(&Frame::udp(w.outside, frontend))
                 .opened();
             let _open = bench.pod_sends(&Frame::udp(w.client, frontend)).opened();
+            bench.rig.clear_flows();
         }
         bench
             .outside_sends(&Frame::udp(w.outside, w.balancer))
