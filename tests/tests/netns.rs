@@ -2,6 +2,8 @@
 //! the letters and numbers of the table of features (C10: hairpin, G1: stale UDP flows, ...).
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "netns/admission.rs"]
+mod admission;
 #[path = "netns/clashes.rs"]
 mod clashes;
 #[path = "netns/cluster.rs"]

@@ -369,9 +369,7 @@ mod tests {
     use crate::dataplane::memory::Memory;
     use crate::dataplane::{PerFamily, Sizes};
     use crate::model::build::{endpoint, object, port, service, slice};
-    use crate::model::{
-        Change, IpMode, LoadBalancerIngress, Object, ServiceType, TrafficPolicy,
-    };
+    use crate::model::{Change, IpMode, LoadBalancerIngress, Object, ServiceType, TrafficPolicy};
     use crate::standalone;
 
     const SOURCES: [SourceId; 2] = [SourceId(0), SourceId(1)];

@@ -1083,7 +1083,9 @@ fn normalize(port: &mut DesiredPort) {
     });
     if let Some(nets) = &mut port.source_ranges {
         nets.retain(|net| Family::of(net.addr()) == family);
-        nets.iter_mut().for_each(|net| *net = net.trunc());
+        for net in nets.iter_mut() {
+            *net = net.trunc();
+        }
         nets.sort_unstable();
         nets.dedup();
     }

@@ -24,7 +24,7 @@ const SILENCE: Duration = Duration::from_millis(700);
 /// More datagrams than the limit lets refusals pass.
 const FLOOD: usize = 20_000;
 
-fn refused(client: Client<'_>, to: SocketAddr, udp: SocketAddr) {
+pub(crate) fn refused(client: Client<'_>, to: SocketAddr, udp: SocketAddr) {
     let started = Instant::now();
     let error = client.connect(to).unwrap_err();
     assert_eq!(
@@ -53,7 +53,7 @@ fn refused(client: Client<'_>, to: SocketAddr, udp: SocketAddr) {
     );
 }
 
-fn silent(client: Client<'_>, to: SocketAddr, udp: SocketAddr) {
+pub(crate) fn silent(client: Client<'_>, to: SocketAddr, udp: SocketAddr) {
     let client = client.patience(SILENCE);
     let error = client.connect(to).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::TimedOut, "TCP to {to}: {error}");
@@ -65,7 +65,7 @@ fn silent(client: Client<'_>, to: SocketAddr, udp: SocketAddr) {
     assert_eq!(error.kind(), ErrorKind::WouldBlock, "UDP to {udp}: {error}");
 }
 
-fn ports(frontend: Frontend, family: Family) -> (SocketAddr, SocketAddr) {
+pub(crate) fn ports(frontend: Frontend, family: Family) -> (SocketAddr, SocketAddr) {
     (
         frontend.addr.socket(family, frontend.echo),
         frontend.addr.socket(family, frontend.udp),
