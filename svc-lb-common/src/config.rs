@@ -50,6 +50,8 @@ pub const DIAGNOSTICS: u32 = 1 << 4;
 /// Outside clients select from the Local set whatever the policy: their packets to a backend of
 /// another node would need a translated source, which the programs do not do yet.
 pub const OUTSIDE_LOCAL: u32 = 1 << 5;
+/// External IPs are frontends for clients outside alone: pods' packets to them go on as they are.
+pub const EXTERNAL_IPS_OUTSIDE: u32 = 1 << 6;
 
 impl Config {
     /// The settings of a node that was told nothing.

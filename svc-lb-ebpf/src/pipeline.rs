@@ -138,7 +138,8 @@ fn decide<F: Stack>(
 ) -> Step<Decision> {
     let edge = forward::edge(interface);
     let bits = edge.map_or(UPLINK, |edge| edge.bits);
-    match service::find::<F>(met) {
+    let from_pod = bits & POD != 0;
+    match service::find::<F>(met, from_pod) {
         Ok(Aim::Service) => {}
         Ok(Aim::UndefinedPort) => return Ok(Decision::Reject),
         Err(Outcome::NoFrontend) => return direct::<F>(met, bits, hook, ended),
@@ -146,7 +147,6 @@ fn decide<F: Stack>(
     }
     let target = met.target;
     admit::client::<F>(&target, met)?;
-    let from_pod = bits & POD != 0;
     met.hash = select::hash(&met.key);
     let Some(choice) = select::backend::<F>(&target, from_pod, met)? else {
         if ended && met.is_udp() {

@@ -1,7 +1,7 @@
 //! Which Service a packet is for.
 
 use svc_lb_common::Protocol;
-use svc_lb_common::config::{DROP_UNALLOCATED, REJECT_UNDEFINED_PORT};
+use svc_lb_common::config::{DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, REJECT_UNDEFINED_PORT};
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_common::service::{Frontend, FrontendKey, Service, kind};
 
@@ -37,10 +37,12 @@ pub(crate) enum Aim {
 
 /// Finds the service: by address, port and protocol, then by NodePort.
 #[inline(always)]
-pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>) -> Step<Aim> {
+pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>, from_pod: bool) -> Step<Aim> {
     let (address, port) = (met.key.destination, met.key.destination_port);
     let protocol = met.key.protocol;
-    if let Some(frontend) = lookup::<F>(&FrontendKey::new(address, port, protocol)) {
+    if let Some(frontend) = lookup::<F>(&FrontendKey::new(address, port, protocol))
+        && !hidden(&frontend, from_pod)
+    {
         return target(&frontend, &mut met.target);
     }
     if !met.concern.frontend() {
@@ -65,6 +67,13 @@ pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>) -> Step<Aim> {
         }
         Some(_) | None => Err(Outcome::NoFrontend),
     }
+}
+
+/// Whether a frontend is none to this client: external IPs can be kept from pods, as whoever may
+/// write Services can claim any address there (CVE-2020-8554).
+#[inline(always)]
+fn hidden(frontend: &Frontend, from_pod: bool) -> bool {
+    from_pod && enabled(EXTERNAL_IPS_OUTSIDE) && frontend.kind == kind::EXTERNAL_IP as u32
 }
 
 /// Whether an address is a ClusterIP.

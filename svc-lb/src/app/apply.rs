@@ -82,8 +82,7 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
     let mut sweep_time = interval(SWEEP);
     sweep_time.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // First of all: what is compiled depends on it.
-    let addresses = node.borrow_and_update().addresses.clone();
-    reconciler.set_node_addresses(&addresses);
+    set_node(&mut reconciler, &mut node);
     loop {
         let again = reconciler.apply(Instant::now());
         if reconciler.programmed() {
@@ -120,10 +119,7 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
                 reconciler.take(waiting.drain(..));
                 proxy_health.set_node_leaves(reconciler.node_leaves());
             }
-            Ok(()) = node.changed() => {
-                let addresses = node.borrow_and_update().addresses.clone();
-                reconciler.set_node_addresses(&addresses);
-            }
+            Ok(()) = node.changed() => set_node(&mut reconciler, &mut node),
             Some(epoch) = finished(&mut grace) => {
                 reconciler.reclaim(epoch);
                 // Flows of what left just now may not have been there when it looked.
@@ -145,6 +141,11 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
             () = sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
         }
     }
+}
+
+fn set_node(reconciler: &mut Reconciler<Kernel>, node: &mut watch::Receiver<Arc<Node>>) {
+    let node = Arc::clone(&node.borrow_and_update());
+    reconciler.set_node_addresses(node.addresses.clone(), node.primary_addresses());
 }
 
 /// The result of a blocking job; never, while there is none. A job that panicked has none.

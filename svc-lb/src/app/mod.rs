@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! sources -> apply (reconciler: intake, control plane, model, compile, plan) -> maps
-//! netlink -> apply (NodePort addresses)
+//! netlink -> apply (the node's addresses)
 //! netlink -> edges (choice, attach) -> links, edges map
 //! health servers <- apply
 //! admin socket <- all of them
@@ -49,6 +49,7 @@ use crate::dataplane::{DataplaneError, probe};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
 use crate::health::{proxy, services};
 use crate::model::{Batch, SourceId};
+use crate::node::ports::NodePorts;
 use crate::node::{self, NodeError};
 use crate::observe::status::ProgramStatus;
 use crate::source;
@@ -72,6 +73,8 @@ pub struct Settings {
     pub standalone: standalone::Config,
     /// How Services become tables.
     pub compile: CompileOptions,
+    /// Where NodePorts are served.
+    pub node_ports: Vec<NodePorts>,
     /// Where everything is pinned.
     pub pins: Pins,
     /// Entries of maps that are made now.
@@ -152,6 +155,7 @@ pub async fn run(settings: Settings) -> Result<(), AppError> {
             sources: sources.iter().map(|source| source.id).collect(),
             node_name: settings.node_name.clone(),
             options: settings.compile.clone(),
+            node_ports: settings.node_ports.clone(),
             standalone,
         },
         Kernel::new(loader::open_maps(&settings.pins)?).map_err(AppError::Maps)?,
@@ -320,7 +324,6 @@ async fn start(
         sources,
         questions,
         edges: edge_status,
-        node: node.clone(),
         health: health_report,
     };
     tasks.spawn(

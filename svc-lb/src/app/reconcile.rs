@@ -13,6 +13,7 @@ use crate::compile::desired::PortKey;
 use crate::compile::{CompileOptions, HealthCheck, Note, compile};
 use crate::dataplane::{self, Dataplane, GuardBit};
 use crate::model::{Batch, Intake, Model, ObjectName, SourceId};
+use crate::node::ports::{self, NodePorts};
 use crate::observe::status::{NodeStatus, ServiceNotes, ServicesStatus};
 use crate::plan::{self, Epoch, Planner, TableUse};
 use crate::standalone::Standalone;
@@ -30,6 +31,8 @@ pub struct Settings {
     pub node_name: String,
     /// How Services become tables.
     pub options: CompileOptions,
+    /// Where NodePorts are served.
+    pub node_ports: Vec<NodePorts>,
     /// The control plane of sources that have none.
     pub standalone: Standalone,
 }
@@ -41,6 +44,9 @@ pub struct Reconciler<D> {
     standalone: Standalone,
     model: Model,
     options: CompileOptions,
+    node_ports: Vec<NodePorts>,
+    /// The node's addresses, and those it is known by unless its Node object says otherwise.
+    addresses: Option<(BTreeSet<IpAddr>, BTreeSet<IpAddr>)>,
     planner: Planner,
     dataplane: D,
     compiled: BTreeMap<ObjectName, Outcome>,
@@ -77,6 +83,7 @@ impl<D: Dataplane> Reconciler<D> {
             sources,
             node_name,
             options,
+            node_ports,
             standalone,
         } = settings;
         let snapshot = dataplane.snapshot()?;
@@ -90,6 +97,8 @@ impl<D: Dataplane> Reconciler<D> {
             standalone,
             model: Model::new(node_name),
             options,
+            node_ports,
+            addresses: None,
             planner,
             dataplane,
             compiled: BTreeMap::new(),
@@ -112,7 +121,11 @@ impl<D: Dataplane> Reconciler<D> {
         if !self.intake.started() {
             return;
         }
+        let known_by = self.model.node_object_addresses().clone();
         let affected = self.model.apply(self.standalone.apply(edits));
+        if *self.model.node_object_addresses() != known_by {
+            self.serve_node_ports();
+        }
         debug!(services = affected.len(), "compile");
         for name in affected {
             self.compile(name);
@@ -127,12 +140,35 @@ impl<D: Dataplane> Reconciler<D> {
         }
     }
 
-    /// Says which addresses the node has: where NodePorts are served.
-    pub fn set_node_addresses(&mut self, addresses: &BTreeSet<IpAddr>) {
-        self.planner.set_node_addresses(addresses.iter().copied());
-        for name in self.model.set_node_addresses(addresses) {
+    /// Says which addresses the node has, and by which of them it is known unless its Node object
+    /// says otherwise.
+    pub fn set_node_addresses(&mut self, addresses: BTreeSet<IpAddr>, primary: BTreeSet<IpAddr>) {
+        for name in self.model.set_node_addresses(&addresses) {
             self.compile(name);
         }
+        let addresses = Some((addresses, primary));
+        if self.addresses != addresses {
+            self.addresses = addresses;
+            self.serve_node_ports();
+        }
+    }
+
+    fn serve_node_ports(&mut self) {
+        self.planner.set_node_addresses(self.node_port_addresses());
+    }
+
+    /// The addresses that serve NodePorts.
+    fn node_port_addresses(&self) -> BTreeSet<IpAddr> {
+        let Some((addresses, primary)) = &self.addresses else {
+            return BTreeSet::new();
+        };
+        let known_by = self.model.node_object_addresses();
+        let primary = if known_by.is_empty() {
+            primary
+        } else {
+            known_by
+        };
+        ports::select(&self.node_ports, addresses, primary)
     }
 
     /// Writes what is pending, unless a failure a moment ago forbids it. Returns when to come
@@ -241,7 +277,7 @@ impl<D: Dataplane> Reconciler<D> {
         NodeStatus {
             name: node.name.clone(),
             zone: node.zone.clone(),
-            addresses: Vec::new(),
+            addresses: self.node_port_addresses().into_iter().collect(),
         }
     }
 
@@ -369,7 +405,10 @@ mod tests {
     use crate::dataplane::memory::Memory;
     use crate::dataplane::{PerFamily, Sizes};
     use crate::model::build::{endpoint, object, port, service, slice};
-    use crate::model::{Change, IpMode, LoadBalancerIngress, Object, ServiceType, TrafficPolicy};
+    use crate::model::{
+        Change, IpMode, Kind, LoadBalancerIngress, Node, Object, ObjectKey, ServiceType,
+        TrafficPolicy,
+    };
     use crate::standalone;
 
     const SOURCES: [SourceId; 2] = [SourceId(0), SourceId(1)];
@@ -387,6 +426,7 @@ mod tests {
             sources: SOURCES.to_vec(),
             node_name: "here".to_owned(),
             options: CompileOptions::default(),
+            node_ports: vec![NodePorts::All],
             standalone: Standalone::open(&standalone::Config::default()).unwrap(),
         };
         Reconciler::new(settings, dataplane).unwrap()
@@ -477,7 +517,7 @@ mod tests {
         assert!(!reconciler.dataplane.admits(index, vip));
         for (address, admitted) in [("192.0.2.1", true), ("192.0.3.1", false)] {
             let addresses = [address.parse().unwrap()].into();
-            reconciler.set_node_addresses(&addresses);
+            reconciler.set_node_addresses(addresses, BTreeSet::new());
             assert_eq!(reconciler.apply(Instant::now()), None);
             assert_eq!(
                 reconciler.dataplane.admits(index, vip),
@@ -490,6 +530,95 @@ mod tests {
                 .dataplane
                 .admits(index, "192.0.2.77".parse().unwrap())
         );
+    }
+
+    /// B4, A1: of two Services with one address and port the same one has it whatever is updated, and the
+    /// other one is named, until it is alone.
+    #[test]
+    fn a_contested_address_stays_with_its_holder_and_the_loser_is_named() {
+        let mut reconciler = reconciler(Memory::new(SIZES));
+        let contested = |name: &str, cluster_ip: &str, affinity| {
+            let mut service = service(name, &[cluster_ip]);
+            service.external_ips = vec!["198.51.100.7".parse().unwrap()];
+            service.affinity_seconds = affinity;
+            Change::Upsert(object(service))
+        };
+        let batch = |changes| Batch {
+            source: SOURCES[0],
+            changes,
+        };
+        let second = Batch {
+            source: SOURCES[1],
+            changes: vec![Change::InitialListComplete],
+        };
+        let first = vec![
+            contested("b", "10.96.0.2", None),
+            Change::InitialListComplete,
+        ];
+        reconciler.take([batch(first), second]);
+        reconciler.apply(Instant::now());
+        assert_eq!(reconciler.services().refusals, [""; 0]);
+        for changes in [
+            vec![contested("a", "10.96.0.1", None)],
+            vec![contested("b", "10.96.0.2", Some(60))],
+            vec![contested("a", "10.96.0.1", Some(60))],
+        ] {
+            reconciler.take([batch(changes)]);
+            reconciler.apply(Instant::now());
+            let refusals = reconciler.services().refusals;
+            assert_eq!(refusals.len(), 1);
+            let loser = "service default/b (TCP, IPv4) does not get 198.51.100.7:80/TCP: service \
+                         default/a (TCP, IPv4) has it";
+            assert!(refusals[0].starts_with(loser), "{refusals:?}");
+        }
+        let key = ObjectKey {
+            kind: Kind::Service,
+            name: ObjectName::new("default", "a"),
+        };
+        reconciler.take([batch(vec![Change::Delete(key)])]);
+        reconciler.apply(Instant::now());
+        assert_eq!(reconciler.services().refusals, [""; 0]);
+    }
+
+    /// B2: `primary` is what the Node object says, else the first address of the default route.
+    #[test]
+    fn node_ports_are_served_where_they_are_told_to_be() {
+        let mut reconciler = reconciler(Memory::new(SIZES));
+        reconciler.node_ports = vec![NodePorts::Primary];
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let all = BTreeSet::from([ip("192.0.2.1"), ip("192.0.2.2"), ip("192.0.2.3")]);
+        let complete = SOURCES.map(|source| Batch {
+            source,
+            changes: vec![Change::InitialListComplete],
+        });
+        reconciler.take(complete);
+        reconciler.set_node_addresses(all.clone(), [ip("192.0.2.1")].into());
+        reconciler.apply(Instant::now());
+        assert_eq!(reconciler.node().addresses, [ip("192.0.2.1")]);
+
+        let node = Object::Node(Node {
+            name: "here".to_owned(),
+            zone: None,
+            leaves: false,
+            addresses: [ip("192.0.2.2")].into(),
+        });
+        reconciler.take([Batch {
+            source: SOURCES[0],
+            changes: vec![Change::Upsert(node)],
+        }]);
+        reconciler.apply(Instant::now());
+        let programmed = |reconciler: &Reconciler<Memory>| -> Vec<IpAddr> {
+            let frontends = reconciler.dataplane.frontends().keys();
+            frontends.map(|at| at.address).collect()
+        };
+        assert_eq!(programmed(&reconciler), [ip("192.0.2.2")]);
+        // Known by an address that it does not have: none.
+        reconciler.set_node_addresses([ip("192.0.2.3")].into(), BTreeSet::new());
+        reconciler.apply(Instant::now());
+        assert_eq!(programmed(&reconciler), [ip("192.0.2.1"); 0]);
+        reconciler.set_node_addresses(all, BTreeSet::new());
+        reconciler.apply(Instant::now());
+        assert_eq!(programmed(&reconciler), [ip("192.0.2.2")]);
     }
 
     #[test]

@@ -22,7 +22,6 @@ use crate::dataplane::sys::map::{TypedMap, map_info};
 use crate::dataplane::{FlowTable, loader, map_name};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
 use crate::health::services::Report;
-use crate::node::Node;
 use crate::observe::status::{HealthStatus, MapStatus, ProgramStatus, SourceStatus, Status};
 use crate::source;
 
@@ -41,7 +40,6 @@ pub(super) struct Gatherer {
     pub(super) sources: Vec<source::Running>,
     pub(super) questions: mpsc::Sender<Question>,
     pub(super) edges: watch::Receiver<edges::Report>,
-    pub(super) node: watch::Receiver<Arc<Node>>,
     pub(super) health: HealthReport,
 }
 
@@ -99,7 +97,7 @@ impl Gatherer {
         let Summary {
             programmed,
             incomplete,
-            mut node,
+            node,
             services,
             tables,
         } = self.ask(Question::Summary).await?;
@@ -108,7 +106,6 @@ impl Gatherer {
             edges,
             refused,
         } = self.edges.borrow().clone();
-        node.addresses = self.node.borrow().addresses.iter().copied().collect();
         let mut waiting_for: Vec<String> = self
             .sources
             .iter()

@@ -17,6 +17,7 @@ use crate::compile::{CompileOptions, OutsideReach};
 use crate::dataplane::attach::TcHook;
 use crate::dataplane::sizes::SizeOverride;
 use crate::health::proxy::Bind;
+use crate::node::ports::NodePorts;
 use crate::source::Spec;
 use crate::source::stream::Target;
 use crate::standalone;
@@ -83,6 +84,29 @@ pub(super) struct Args {
         default_value_t
     )]
     no_local_endpoint: NoLocalEndpoint,
+    /// Where NodePorts are served: all, primary (what the Node object calls the node, else the
+    /// default route's first address), or ranges of the node's addresses. A family that is not spoken
+    /// of is served on all. The default is that of kube-proxy's iptables mode; its nftables mode
+    /// has primary
+    #[arg(
+        long,
+        value_name = "all|primary|CIDR",
+        env = "SVC_LB_NODEPORT_ADDRESSES",
+        value_delimiter = ',',
+        action = ArgAction::Append,
+        default_value = "all"
+    )]
+    nodeport_addresses: Vec<NodePorts>,
+    /// Who is served at the externalIPs of Services. Whoever may write Services can claim any address
+    /// there and have the packets that pods send to it (CVE-2020-8554)
+    #[arg(
+        long,
+        value_name = "WHOM",
+        env = "SVC_LB_EXTERNAL_IPS",
+        value_enum,
+        default_value_t
+    )]
+    external_ips: ExternalIps,
     #[command(flatten)]
     health: HealthArgs,
     #[command(flatten)]
@@ -101,6 +125,19 @@ enum NoLocalEndpoint {
     Drop,
     /// Connection refused.
     Reject,
+}
+
+/// `--external-ips`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum ExternalIps {
+    /// Everyone, as by kube-proxy.
+    #[default]
+    All,
+    /// Clients outside the node: to its pods, and to itself, the addresses are what they are without
+    /// Services.
+    Outside,
+    /// Nobody.
+    Off,
 }
 
 #[derive(Debug, clap::Args)]
@@ -229,6 +266,8 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         node_name,
         service_proxy_name,
         no_local_endpoint,
+        nodeport_addresses,
+        external_ips,
         health: HealthArgs {
             healthz_bind_address,
             sync_period,
@@ -264,6 +303,9 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
     if no_local_endpoint == NoLocalEndpoint::Reject {
         config.bits |= config::REJECT_NO_LOCAL;
     }
+    if external_ips == ExternalIps::Outside {
+        config.bits |= config::EXTERNAL_IPS_OUTSIDE;
+    }
     if datapath_log {
         config.bits |= config::DIAGNOSTICS;
     }
@@ -279,7 +321,9 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         compile: CompileOptions {
             proxy_name: service_proxy_name,
             outside_reaches: OutsideReach::LocalBackends,
+            ignore_external_ips: external_ips == ExternalIps::Off,
         },
+        node_ports: nodeport_addresses,
         pins: global.pins(),
         sizes: map_size,
         config,
@@ -353,6 +397,27 @@ mod tests {
         assert_eq!(config.bits & config::DIAGNOSTICS, 0);
         assert_eq!(settings.healthz, "0.0.0.0:10256".parse().unwrap());
         assert_eq!(settings.sync_period, Duration::from_secs(30));
+        assert_eq!(config.bits & config::EXTERNAL_IPS_OUTSIDE, 0);
+        assert_eq!(settings.node_ports, [NodePorts::All]);
+    }
+
+    #[test]
+    fn external_ips_and_node_ports_are_for_whom_they_are_said_to_be() {
+        let outside = parse(
+            "svc-lb run --manifests a --node-name n --external-ips outside \
+             --nodeport-addresses primary,192.0.2.0/24",
+        )
+        .unwrap();
+        assert_ne!(outside.config.bits & config::EXTERNAL_IPS_OUTSIDE, 0);
+        assert!(!outside.compile.ignore_external_ips);
+        let range = "192.0.2.0/24".parse().unwrap();
+        assert_eq!(
+            outside.node_ports,
+            [NodePorts::Primary, NodePorts::Within(range)]
+        );
+        let off = parse("svc-lb run --manifests a --node-name n --external-ips off").unwrap();
+        assert!(off.compile.ignore_external_ips);
+        assert_eq!(off.config.bits & config::EXTERNAL_IPS_OUTSIDE, 0);
     }
 
     #[test]
@@ -373,6 +438,8 @@ mod tests {
         assert!(error(period).contains("more than nothing"));
         let size = "svc-lb run --manifests a --map-size flows=1";
         assert!(error(size).contains("established4"));
+        let addresses = "svc-lb run --manifests a --nodeport-addresses eth0";
+        assert!(error(addresses).contains("primary or a range"));
     }
 
     #[test]

@@ -48,7 +48,12 @@ fn cluster_ip(service: &Service, family: Family) -> Option<IpAddr> {
 }
 
 /// All frontends of one port in one family, sorted, unique by address and port.
-pub(super) fn of_port(service: &Service, port: &ServicePort, family: Family) -> Vec<Frontend> {
+pub(super) fn of_port(
+    service: &Service,
+    port: &ServicePort,
+    family: Family,
+    options: &CompileOptions,
+) -> Vec<Frontend> {
     let mut frontends = BTreeMap::new();
     let mut add = |address, port: u16, kind| {
         // The first kind stands: an address that is both a load balancer's and external keeps
@@ -82,11 +87,9 @@ pub(super) fn of_port(service: &Service, port: &ServicePort, family: Family) -> 
             );
         }
     }
-    for ip in service
-        .external_ips
-        .iter()
-        .filter(|ip| family_of(**ip) == family)
-    {
+    let external_ips = service.external_ips.iter();
+    let external_ips = external_ips.filter(|_| !options.ignore_external_ips);
+    for ip in external_ips.filter(|ip| family_of(**ip) == family) {
         add(
             FrontendAddress::Ip(*ip),
             port.port.get(),
@@ -140,7 +143,17 @@ fn balanced_ip(frontend: &Frontend) -> Option<IpAddr> {
 }
 
 /// Says what a served family leaves out.
-pub(super) fn note_family(service: &Service, family: Family, notes: &mut Notes) {
+pub(super) fn note_family(
+    service: &Service,
+    family: Family,
+    options: &CompileOptions,
+    notes: &mut Notes,
+) {
+    let external_ips = service.external_ips.iter().copied();
+    let ignored = external_ips.filter(|ip| options.ignore_external_ips && family_of(*ip) == family);
+    for ip in ignored {
+        notes.family(family, Reason::ExternalIpsOff { ip });
+    }
     let mut balanced = false;
     for ingress in service
         .load_balancer

@@ -41,6 +41,8 @@ pub struct CompileOptions {
     pub proxy_name: Option<String>,
     /// Where clients outside the cluster can be sent.
     pub outside_reaches: OutsideReach,
+    /// Nobody is served at `spec.externalIPs`.
+    pub ignore_external_ips: bool,
 }
 
 /// What is to be programmed for one Service, and why the rest is not.
@@ -78,7 +80,7 @@ pub fn compile<'a>(
             frontends::note_unserved(service, family, &mut notes);
             continue;
         }
-        frontends::note_family(service, family, &mut notes);
+        frontends::note_family(service, family, options, &mut notes);
         for port in &service.ports {
             ports.push(compile_port(
                 service, port, family, &slices, node, options, &mut notes,
@@ -140,7 +142,7 @@ fn compile_port(
         protocol: port.protocol,
         family,
     };
-    let frontends = frontends::of_port(service, port, family);
+    let frontends = frontends::of_port(service, port, family, options);
     let external = frontends::externally_accessible(&frontends);
     let internal_local = service.internal_policy == TrafficPolicy::Local;
     let policy_local = external && service.external_policy == TrafficPolicy::Local;

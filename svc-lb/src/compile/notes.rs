@@ -43,6 +43,11 @@ pub enum Reason {
         /// The address that is left out.
         ip: IpAddr,
     },
+    /// externalIPs are switched off (SEMANTICS B4).
+    ExternalIpsOff {
+        /// The address that is left out.
+        ip: IpAddr,
+    },
     /// ipMode Proxy (SEMANTICS B6).
     ProxiedLoadBalancer {
         /// The address that is left out.
@@ -140,6 +145,9 @@ impl fmt::Display for Reason {
                     f,
                     "{ip} is left out: the Service has no ClusterIP of its family"
                 )
+            }
+            Self::ExternalIpsOff { ip } => {
+                write!(f, "external IP {ip} is left out: --external-ips is off")
             }
             Self::ProxiedLoadBalancer { ip } => {
                 write!(f, "{ip} is left to its load balancer: ipMode is Proxy")

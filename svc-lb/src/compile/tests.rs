@@ -430,6 +430,31 @@ fn b_external_frontends() {
     assert_eq!(kinds(&web), all);
 }
 
+/// SEMANTICS B4: externalIPs can be switched off, against CVE-2020-8554; then nothing of the Service is
+/// external because of them, and that is said.
+#[test]
+fn b4_external_ips_off() {
+    let mut web = service("web", &["10.96.0.10"]);
+    web.external_ips = vec![ip("192.0.2.9"), ip("2001:db8::9")];
+    web.external_policy = TrafficPolicy::Local;
+    let slices = [slice(
+        "web-1",
+        "web",
+        vec![endpoint("10.244.1.5", "node-a")],
+    )];
+    let options = CompileOptions {
+        ignore_external_ips: true,
+        ..CompileOptions::default()
+    };
+    let compiled = compile(&web, &slices, &node(), &options);
+    let kinds: Vec<_> = compiled.ports[0].frontends.iter().map(|f| f.kind).collect();
+    assert_eq!(kinds, [FrontendKind::ClusterIp]);
+    assert!(!compiled.ports[0].external_local);
+    let left_out = ip("192.0.2.9");
+    assert!(reasons(&compiled).contains(&Reason::ExternalIpsOff { ip: left_out }));
+    assert_eq!(only_port(&web, &slices).frontends.len(), 2, "but for that");
+}
+
 /// SEMANTICS A11: ingress with a host name only, and none yet, are said.
 #[test]
 fn a11_ingress_without_address() {
@@ -634,7 +659,7 @@ fn c7_policies_are_independent() {
 fn outside_reaches_local_backends_only() {
     let options = CompileOptions {
         outside_reaches: OutsideReach::LocalBackends,
-        proxy_name: None,
+        ..CompileOptions::default()
     };
     let slices = [slice(
         "web-1",

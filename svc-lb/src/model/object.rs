@@ -339,7 +339,7 @@ pub struct Pod {
     pub ports: Vec<ContainerPort>,
 }
 
-/// What Nodes say that selection and health depend on.
+/// What Nodes say that selection, health and NodePorts depend on.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Node {
     /// Name of the node.
@@ -349,6 +349,9 @@ pub struct Node {
     /// `metadata.deletionTimestamp` is set, or the cluster autoscaler's taint says that it will be
     /// (SEMANTICS G7).
     pub leaves: bool,
+    /// What the cluster knows it by, one address of each family: `status.addresses`, the first
+    /// InternalIP, else the first ExternalIP.
+    pub addresses: BTreeSet<IpAddr>,
 }
 
 /// The node this agent runs on, as far as selection depends on it.

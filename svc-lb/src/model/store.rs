@@ -18,6 +18,7 @@ use super::{
 pub struct Model {
     node: NodeFacts,
     node_leaves: bool,
+    node_object_addresses: BTreeSet<IpAddr>,
     services: BTreeMap<ObjectName, Arc<Service>>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     /// Names of the slices of each Service, known or not.
@@ -34,6 +35,7 @@ impl Model {
                 addresses: BTreeSet::new(),
             },
             node_leaves: false,
+            node_object_addresses: BTreeSet::new(),
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             slices_of: BTreeMap::new(),
@@ -56,6 +58,7 @@ impl Model {
                 }
                 Edit::Upsert(Object::Node(node)) if node.name == self.node.name => {
                     self.node_leaves = node.leaves;
+                    self.node_object_addresses = node.addresses;
                     self.set_zone(node.zone, &mut affected);
                 }
                 Edit::Upsert(Object::Node(_) | Object::Pod(_) | Object::Endpoints(_)) => {}
@@ -87,6 +90,12 @@ impl Model {
     #[must_use]
     pub fn node_leaves(&self) -> bool {
         self.node_leaves
+    }
+
+    /// What the cluster knows the node by, as its Node object said last; empty without one.
+    #[must_use]
+    pub fn node_object_addresses(&self) -> &BTreeSet<IpAddr> {
+        &self.node_object_addresses
     }
 
     /// The Service of that name.
@@ -170,7 +179,10 @@ impl Model {
                 }
             }
             Kind::EndpointSlice => self.remove_slice(&name, affected),
-            Kind::Node if name.name == self.node.name => self.set_zone(None, affected),
+            Kind::Node if name.name == self.node.name => {
+                self.node_object_addresses.clear();
+                self.set_zone(None, affected);
+            }
             Kind::Node | Kind::Pod | Kind::Endpoints => {}
         }
     }

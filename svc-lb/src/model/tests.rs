@@ -242,6 +242,7 @@ fn a_zone_concerns_services_with_hints() {
             name: name.into(),
             zone: Some(zone.into()),
             leaves: false,
+            addresses: [super::build::ip("192.0.2.1")].into(),
         }))
     };
     assert_eq!(model.apply([node("node-b", "z1")]), BTreeSet::new());
@@ -250,6 +251,7 @@ fn a_zone_concerns_services_with_hints() {
         BTreeSet::from([named("hinted")])
     );
     assert_eq!(model.node().zone.as_deref(), Some("z1"));
+    assert_eq!(model.node_object_addresses().len(), 1);
     assert_eq!(model.apply([node("node-a", "z1")]), BTreeSet::new());
     let name = ObjectName::new("", "node-a");
     let gone = Edit::Delete(ObjectKey {
@@ -258,6 +260,7 @@ fn a_zone_concerns_services_with_hints() {
     });
     assert_eq!(model.apply([gone]), BTreeSet::from([named("hinted")]));
     assert_eq!(model.node().zone, None);
+    assert!(model.node_object_addresses().is_empty());
 }
 
 #[derive(Clone, Debug)]

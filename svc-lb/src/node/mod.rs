@@ -1,6 +1,7 @@
 //! Facts about this node from netlink: interfaces, addresses, default routes.
 
 pub mod health;
+pub mod ports;
 mod read;
 mod watch;
 
@@ -72,17 +73,55 @@ pub struct AttachedXdp {
 pub struct Node {
     /// Interfaces by index.
     pub links: BTreeMap<u32, Link>,
-    /// Local addresses but loopback and IPv6 link-local ones: where NodePorts are served.
+    /// Local addresses but loopback and IPv6 link-local ones: where NodePorts can be served.
     pub addresses: BTreeSet<IpAddr>,
+    /// Those of each interface that are not secondary ones, in the kernel's order.
+    pub first_addresses: BTreeMap<u32, Vec<IpAddr>>,
     /// Interfaces that a default route of the main table leaves through.
     pub default_routes: BTreeSet<u32>,
 }
 
 impl Node {
+    /// What the node is known by unless its Node object says otherwise: of each family the first
+    /// address of the first interface with a default route that has one.
+    #[must_use]
+    pub fn primary_addresses(&self) -> BTreeSet<IpAddr> {
+        let first = |v4: bool| {
+            let links = self.default_routes.iter();
+            let mut addresses = links
+                .filter_map(|link| self.first_addresses.get(link))
+                .flatten();
+            addresses.find(|address| address.is_ipv4() == v4).copied()
+        };
+        first(true).into_iter().chain(first(false)).collect()
+    }
+
     /// The bridge that a link is a port of.
     #[must_use]
     pub fn bridge_of(&self, link: &Link) -> Option<&Link> {
         let master = self.links.get(&link.master?)?;
         (master.kind.as_deref() == Some("bridge")).then_some(master)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_routes_interface_has_the_primary_addresses() {
+        let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+        let mut node = Node {
+            first_addresses: BTreeMap::from([
+                (2, vec![ip("10.0.0.9")]),
+                (3, vec![ip("192.0.2.1"), ip("192.0.2.2")]),
+                (4, vec![ip("198.51.100.1"), ip("2001:db8::1")]),
+            ]),
+            ..Node::default()
+        };
+        assert_eq!(node.primary_addresses(), BTreeSet::new());
+        node.default_routes = BTreeSet::from([3, 4]);
+        let expected = BTreeSet::from([ip("192.0.2.1"), ip("2001:db8::1")]);
+        assert_eq!(node.primary_addresses(), expected);
     }
 }

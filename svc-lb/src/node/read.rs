@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use futures::TryStreamExt as _;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{
     LinkAttribute, LinkInfo, LinkLayerType, LinkMessage, LinkXdp, XdpAttached,
 };
@@ -30,9 +30,11 @@ pub fn requests() -> Result<Handle, NodeError> {
 
 /// Reads everything.
 pub async fn everything(handle: &Handle) -> Result<Node, NodeError> {
+    let (addresses, first_addresses) = addresses(handle).await?;
     Ok(Node {
         links: links(handle).await?,
-        addresses: addresses(handle).await?,
+        addresses,
+        first_addresses,
         default_routes: default_routes(handle).await?,
     })
 }
@@ -51,14 +53,23 @@ pub(super) async fn links(handle: &Handle) -> Result<BTreeMap<u32, Link>, NodeEr
         .map_err(|source| list("interfaces", source))
 }
 
-pub(super) async fn addresses(handle: &Handle) -> Result<BTreeSet<IpAddr>, NodeError> {
+/// All addresses, and the first ones of each interface.
+pub(super) async fn addresses(
+    handle: &Handle,
+) -> Result<(BTreeSet<IpAddr>, BTreeMap<u32, Vec<IpAddr>>), NodeError> {
     handle
         .address()
         .get()
         .execute()
-        .try_fold(BTreeSet::new(), |mut addresses, message| {
-            addresses.extend(local_address(&message).filter(serves_node_ports));
-            future::ready(Ok(addresses))
+        .try_fold((BTreeSet::new(), BTreeMap::new()), |mut found, message| {
+            let (all, first): (_, &mut BTreeMap<u32, Vec<IpAddr>>) = (&mut found.0, &mut found.1);
+            if let Some(address) = local_address(&message).filter(serves_node_ports) {
+                all.insert(address);
+                if !message.header.flags.contains(AddressHeaderFlags::Secondary) {
+                    first.entry(message.header.index).or_default().push(address);
+                }
+            }
+            future::ready(Ok(found))
         })
         .await
         .map_err(|source| list("addresses", source))

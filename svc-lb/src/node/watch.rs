@@ -143,7 +143,7 @@ impl Watcher {
             node.links = read::links(&self.handle).await?;
         }
         if stale.addresses {
-            node.addresses = read::addresses(&self.handle).await?;
+            (node.addresses, node.first_addresses) = read::addresses(&self.handle).await?;
         }
         if stale.default_routes {
             node.default_routes = read::default_routes(&self.handle).await?;

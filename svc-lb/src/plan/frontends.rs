@@ -66,7 +66,7 @@ impl Uses {
 /// One key of the map that is wanted, or there, or both.
 #[derive(Clone, Debug, Default)]
 struct Entry {
-    /// Sorted; the first one has it.
+    /// Sorted by [`rank`]; the first one has it.
     claimants: Vec<(Arc<PortKey>, u8)>,
     uses: Uses,
     programmed: Programmed,
@@ -146,7 +146,9 @@ impl Frontends {
         guard: &mut Guard,
     ) {
         let entry = Self::entry(&mut self.entries, &mut self.used, at);
-        let position = entry.claimants.partition_point(|(other, _)| other < port);
+        let before =
+            |(other, other_kind): &(Arc<PortKey>, u8)| rank(*other_kind, other) < rank(kind, port);
+        let position = entry.claimants.partition_point(before);
         entry.claimants.insert(position, (Arc::clone(port), kind));
         if entry.claimants.len() > 1 {
             self.contested.insert(at);
@@ -347,6 +349,19 @@ impl Frontends {
             *self.used.of_mut(at.family()) -= 1;
         }
     }
+}
+
+/// Who comes first where several claim one key. Nobody who merely writes an address into a Service
+/// gets one that was allocated to another: ClusterIPs come before load balancers' addresses, and
+/// external IPs come last.
+pub(super) const fn rank(kind: u8, port: &PortKey) -> (u8, &PortKey) {
+    let order = match kind {
+        kind::CLUSTER_IP => 0,
+        kind::NODE_PORT => 1,
+        kind::LOAD_BALANCER => 2,
+        _ => 3,
+    };
+    (order, port)
 }
 
 fn port_bit(at: &FrontendAt) -> Option<GuardBit> {

@@ -73,10 +73,11 @@ pub enum Refusal {
         /// How many.
         endpoints: u64,
     },
-    /// Another service has the same address, port and protocol, and comes first by namespace and
-    /// name.
+    /// Another service has the same address, port and protocol, and comes first: ClusterIPs before
+    /// load balancers' addresses, external IPs last, then by namespace and name.
     #[error(
-        "{} does not get {}: {} has it and comes first by namespace and name; change one of them",
+        "{} does not get {}: {} has it and comes first (ClusterIPs do, then load balancers' addresses, \
+         then external IPs; among equals the first by namespace and name); change one of them",
         Port(port),
         At(at),
         Port(winner)

@@ -14,6 +14,7 @@ use svc_lb_common::backend::GONE;
 use svc_lb_common::service::{Range, Service, kind};
 
 use super::delta::{Condemned, Element, Held, Port, SlotSet, footprint};
+use super::frontends::rank;
 use super::guard::Guard;
 use super::ids::{IdPool, RunPool};
 use super::phases::Set;
@@ -282,19 +283,21 @@ impl Planner {
         let Some(restored) = &mut self.restored else {
             return;
         };
-        let mut taken = BTreeSet::new();
+        let mut first: BTreeMap<FrontendAt, (u8, &Arc<PortKey>)> = BTreeMap::new();
         for key in keys {
-            let Some(desired) = self.named.get(key).and_then(|named| named.desired.as_ref()) else {
-                continue;
-            };
-            for frontend in &desired.frontends {
-                let (at, _) = claim_of(key, frontend);
-                if let Some(index) = restored.index_at.get(&at)
-                    && taken.insert(at)
-                {
-                    let bids = restored.bids.entry(*index).or_default();
-                    bids.insert(Arc::clone(key));
+            let desired = self.named.get(key).and_then(|named| named.desired.as_ref());
+            for frontend in desired.iter().flat_map(|desired| &desired.frontends) {
+                let (at, kind) = claim_of(key, frontend);
+                let holder = first.entry(at).or_insert((kind, key));
+                if rank(kind, key) < rank(holder.0, holder.1) {
+                    *holder = (kind, key);
                 }
+            }
+        }
+        for (at, (_, key)) in first {
+            if let Some(index) = restored.index_at.get(&at) {
+                let bids = restored.bids.entry(*index).or_default();
+                bids.insert(Arc::clone(key));
             }
         }
     }

@@ -9,6 +9,7 @@ use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL};
 use svc_lb_common::guard::{BACKEND, FRONTEND, NODE};
 use svc_lb_common::service::flag;
 
+use super::frontends::rank;
 use super::view::Tables;
 use super::*;
 use crate::compile::desired::Backend;
@@ -63,6 +64,14 @@ fn external(family: Family, host: u8) -> Frontend {
         address: FrontendAddress::Ip(ip(family, 9, host)),
         port: 80,
         kind: FrontendKind::ExternalIp,
+    }
+}
+
+/// An external IP that is the ClusterIP of service 1.
+fn others_cluster_ip(family: Family) -> Frontend {
+    Frontend {
+        address: FrontendAddress::Ip(ip(family, 0, 2)),
+        ..external(family, 0)
     }
 }
 
@@ -393,7 +402,10 @@ fn check_tables(wanted: &Wanted, nodes: &BTreeSet<IpAddr>, planner: &Planner, me
     for (key, port) in wanted {
         for frontend in &port.frontends {
             let (at, kind) = claim_of(key, frontend);
-            winners.entry(at).or_insert((key, kind));
+            let winner = winners.entry(at).or_insert((key, kind));
+            if rank(kind, key) < rank(winner.1, winner.0) {
+                *winner = (key, kind);
+            }
         }
     }
     let names: Vec<_> = tables
@@ -602,7 +614,7 @@ fn any_ranges(family: Family) -> impl Strategy<Value = Option<Vec<IpNet>>> {
 
 fn any_port(service: u8, port: &'static str, family: Family) -> impl Strategy<Value = DesiredPort> {
     let key = key(service, port, family);
-    let extras = proptest::collection::btree_set(0..6u8, 0..3);
+    let extras = proptest::collection::btree_set(0..7u8, 0..3);
     (
         any_backends(family),
         extras,
@@ -616,8 +628,9 @@ fn any_port(service: u8, port: &'static str, family: Family) -> impl Strategy<Va
                 let mut frontends = vec![cluster_ip(&key, service + 1)];
                 frontends.extend(extras.into_iter().map(|extra| match extra {
                     0..2 => node_port(30_000 + u16::from(extra)),
-                    2..5 => balanced(family, extra),
-                    _ => external(family, extra),
+                    2..4 => balanced(family, extra),
+                    4..6 => external(family, extra),
+                    _ => others_cluster_ip(family),
                 }));
                 frontends.sort_unstable();
                 DesiredPort {

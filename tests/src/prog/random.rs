@@ -6,7 +6,8 @@ use fastrand::Rng;
 use ipnet::IpNet;
 use svc_lb::compile::desired::{Backend, DesiredPort, FrontendKind};
 use svc_lb_common::config::{
-    Config, DROP_UNALLOCATED, OUTSIDE_LOCAL, REJECT_NO_LOCAL, REJECT_UNDEFINED_PORT,
+    Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, OUTSIDE_LOCAL, REJECT_NO_LOCAL,
+    REJECT_UNDEFINED_PORT,
 };
 use svc_lb_common::outcome::Hook;
 use svc_lb_common::{Addr4, Addr6, Family, Protocol};
@@ -70,14 +71,14 @@ pub fn setup(rng: &mut Rng) -> Setup {
     for bit in [REJECT_UNDEFINED_PORT, DROP_UNALLOCATED] {
         bits |= if rng.u8(..4) > 0 { bit } else { 0 };
     }
-    for bit in [REJECT_NO_LOCAL, OUTSIDE_LOCAL] {
+    for bit in [REJECT_NO_LOCAL, OUTSIDE_LOCAL, EXTERNAL_IPS_OUTSIDE] {
         bits |= if rng.u8(..3) == 0 { bit } else { 0 };
     }
     let mut config = Config {
         bits,
         seed: rng.u64(..),
         snat_first: 61_000,
-        snat_last: 61_000 + rng.u16(..6),
+        snat_last: 61_000 + rng.u16(..5),
         ..plain.config
     };
     if rng.u8(..3) == 0 {
@@ -118,7 +119,15 @@ pub fn service(rng: &mut Rng, number: usize) -> Option<DesiredPort> {
         described = described.frontend(FrontendKind::LoadBalancer, at(Role::External, n % 3));
     }
     if rng.bool() {
-        described = described.frontend(FrontendKind::ExternalIp, at(Role::External, 3 + n % 3));
+        // An address of the node, or of a pod that serves, too.
+        let role = [Role::External, Role::External, Role::Node, Role::Pod];
+        let role = rng.choice(role).expect("a role");
+        let host = if matches!(role, Role::External) {
+            3 + n % 3
+        } else {
+            n % 2
+        };
+        described = described.frontend(FrontendKind::ExternalIp, at(role, host));
     }
     described.internal_local = rng.u8(..4) == 0;
     described.external_local = rng.u8(..3) == 0;
@@ -304,14 +313,17 @@ impl Traffic {
             Role::External,
             Role::Node,
             Role::Node,
+            Role::Pod,
             Role::Strange,
         ]);
         let role = role.expect("there are roles");
         let (host, mut port) = match role {
             Role::Service => (n % 4, 80 + u16::from(n)),
             Role::External => (n % 3 + 3 * rng.u8(..2), 80 + u16::from(n)),
+            Role::Node if rng.u8(..4) == 0 => (n % 2, 80 + u16::from(n)),
             Role::Node => (rng.u8(..2), 30_080 + u16::from(n)),
-            Role::Pod | Role::Outside | Role::Strange => (rng.u8(..40), 80),
+            Role::Pod => (n % 2, 80 + u16::from(n)),
+            Role::Outside | Role::Strange => (rng.u8(..40), 80),
         };
         let host = if rng.u8(..20) == 0 { rng.u8(..8) } else { host };
         if rng.u8(..20) == 0 {

@@ -16,7 +16,8 @@ use svc_lb::dataplane::{
 };
 use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL, SERVING};
 use svc_lb_common::config::{
-    Config, DROP_UNALLOCATED, OUTSIDE_LOCAL, REJECT_NO_LOCAL, REJECT_UNDEFINED_PORT,
+    Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, OUTSIDE_LOCAL, REJECT_NO_LOCAL,
+    REJECT_UNDEFINED_PORT,
 };
 use svc_lb_common::edge::{self, Edge};
 use svc_lb_common::guard::{self, BACKEND, FRONTEND, NODE};
@@ -447,7 +448,8 @@ impl Reference {
     ) -> Step<Exit> {
         let edge = self.edges.get(&at.interface).copied();
         let bits = edge.map_or(edge::UPLINK, |edge| edge.bits);
-        let (index, used) = match self.service(hints, &read.tuple) {
+        let from_pod = bits & edge::POD != 0;
+        let (index, used) = match self.service(hints, &read.tuple, from_pod) {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(Exit::Refuse),
             Err(Outcome::NoFrontend) => {
@@ -458,7 +460,6 @@ impl Reference {
         let service = self.tables.services.get(&index).copied();
         let service = service.unwrap_or(Service::new(Range(0), Range(0), 0, 0));
         self.admit(index, &service, used, read.tuple.source.ip())?;
-        let from_pod = bits & edge::POD != 0;
         let Some((id, backend)) = self.select(index, &service, used, from_pod, &read.tuple)? else {
             return match ended {
                 Some((id, side)) if read.is_udp() => Ok(self.follow(id, side, read, events)),
@@ -597,7 +598,7 @@ impl Reference {
     }
 
     /// The service a packet is for, and what its client's address is; none for an undefined port of a ClusterIP.
-    fn service(&self, hints: u8, tuple: &Tuple) -> Step<Option<(u32, u8)>> {
+    fn service(&self, hints: u8, tuple: &Tuple, from_pod: bool) -> Step<Option<(u32, u8)>> {
         let destination = tuple.destination;
         let key = |address, port, protocol| FrontendAt {
             address,
@@ -605,7 +606,13 @@ impl Reference {
             protocol,
         };
         let frontend = |at| self.tables.frontends.get(&at).copied();
-        if let Some(found) = frontend(key(destination.ip(), destination.port(), tuple.protocol)) {
+        let kept_from = if from_pod && self.is_on(EXTERNAL_IPS_OUTSIDE) {
+            Some(kind::EXTERNAL_IP)
+        } else {
+            None
+        };
+        let found = frontend(key(destination.ip(), destination.port(), tuple.protocol));
+        if let Some(found) = found.filter(|found| kept_from != Some(found.kind)) {
             return Ok(Some((found.service, found.kind)));
         }
         if hints & (FRONTEND | NODE) == 0 {

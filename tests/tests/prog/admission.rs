@@ -3,8 +3,10 @@
 use std::net::SocketAddr;
 
 use svc_lb::compile::desired::{DesiredPort, FrontendKind};
+use svc_lb_common::config::{Config, EXTERNAL_IPS_OUTSIDE};
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_common::{Family, Protocol};
+use svc_lb_tests::prog::rig::Setup;
 use svc_lb_tests::prog::tables::{Describe as _, at, port};
 use svc_lb_tests::prog::{Frame, Verdict};
 
@@ -177,6 +179,50 @@ fn martians_open_nothing() {
             for ran in sent(bench, at("240.0.0.5:9"), w.vip) {
                 assert_eq!(ran.verdict, Verdict::On);
                 assert_eq!(ran.parsed().destination, w.local);
+            }
+        }
+    });
+}
+
+/// B4, with external IPs for outside clients alone: a pod's packets to them go on as if no Service were there, also where
+/// the address is the node's own or a backend's; everybody else, and every other frontend, is served.
+#[test]
+fn b4_external_ips_can_be_kept_from_pods() {
+    let plain = Setup::default();
+    let setup = Setup {
+        config: Config {
+            bits: plain.config.bits | EXTERNAL_IPS_OUTSIDE,
+            ..plain.config
+        },
+        ..plain
+    };
+    with_setup(&setup, |bench| {
+        for w in FAMILIES.map(world) {
+            let own = at_port(w.node, 81);
+            let of_backend = at_port(w.local, 80);
+            bench.program(
+                everywhere(&w, Protocol::Tcp)
+                    .frontend(FrontendKind::ExternalIp, own)
+                    .frontend(FrontendKind::ExternalIp, of_backend),
+            );
+            // A SYN to a backend is nothing to look at unless a flow has its tuple.
+            let none = Outcome::NoFrontend;
+            let cases = [
+                (w.external, none),
+                (own, none),
+                (of_backend, Outcome::NotOurs),
+            ];
+            for (frontend, outcome) in cases {
+                let syn = Frame::tcp(w.client, frontend, SYN);
+                bench.pod_sends(&syn).passed(outcome);
+                let syn = Frame::tcp(w.outside, frontend, SYN);
+                let _open = bench.outside_sends(&syn).opened();
+                bench.rig.clear_flows();
+            }
+            for frontend in [w.vip, w.node, w.balancer] {
+                let syn = Frame::tcp(w.client, frontend, SYN);
+                let _open = bench.pod_sends(&syn).opened();
+                bench.rig.clear_flows();
             }
         }
     });

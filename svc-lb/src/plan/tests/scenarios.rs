@@ -315,7 +315,8 @@ fn the_first_by_name_has_a_contested_frontend_and_the_next_takes_over() {
     assert_eq!(
         refusals[0].to_string(),
         "service ns/s2 (TCP, IPv4) does not get 10.9.0.1:80/TCP: service ns/s1 (TCP, IPv4) has it \
-         and comes first by namespace and name; change one of them"
+         and comes first (ClusterIPs do, then load balancers' addresses, then external IPs; among \
+         equals the first by namespace and name); change one of them"
     );
     assert_eq!(refusals.len(), 1);
 
@@ -323,6 +324,44 @@ fn the_first_by_name_has_a_contested_frontend_and_the_next_takes_over() {
     apply(&mut planner, &mut memory).unwrap();
     assert_eq!(holder(&planner, &memory), "s2");
     assert!(planner.refusals().is_empty());
+}
+
+/// B4: nobody takes another's ClusterIP or load balancer by writing its address into externalIPs,
+/// whatever the names; not after a restart either, and not when the owner changes.
+#[test]
+fn an_address_that_was_allocated_is_not_lost_to_who_writes_it_down() {
+    let mut thief = port(0, &[9]);
+    thief.frontends.push(others_cluster_ip(Family::V4));
+    thief.frontends.push(external(Family::V4, 4));
+    let mut owner = port(1, &[1]);
+    owner.frontends.push(balanced(Family::V4, 4));
+    let wanted = Wanted::from([(v4(0), thief.clone()), (v4(1), owner.clone())]);
+    let (mut planner, mut memory) = planned(&[thief]);
+    set(&mut planner, std::slice::from_ref(&owner));
+    step(&mut planner, &mut memory);
+    let holders = |planner: &Planner, memory: &Memory| {
+        [others_cluster_ip(Family::V4), external(Family::V4, 4)].map(|frontend| {
+            let value = memory.frontend(&at(&v4(0), &frontend)).unwrap();
+            planner.names()[&value.service].service.clone()
+        })
+    };
+    assert_eq!(holders(&planner, &memory), ["s1", "s1"]);
+    let lost = planner.refusals();
+    assert_eq!(lost.len(), 2);
+    let loses = "service ns/s0 (TCP, IPv4) does not get ";
+    assert!(
+        lost.iter()
+            .all(|refusal| refusal.to_string().starts_with(loses))
+    );
+
+    owner.has_any = false;
+    set(&mut planner, &[owner]);
+    step(&mut planner, &mut memory);
+    assert_eq!(holders(&planner, &memory), ["s1", "s1"]);
+    let mut planner = restart(&memory.snapshot().unwrap(), &wanted, &BTreeSet::new());
+    step(&mut planner, &mut memory);
+    assert_eq!(holders(&planner, &memory), ["s1", "s1"]);
+    settle(&mut planner, &mut memory, &wanted, &BTreeSet::new());
 }
 
 #[test]

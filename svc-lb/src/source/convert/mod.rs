@@ -206,7 +206,24 @@ pub fn node(object: &core::Node) -> Result<Node> {
         name: object_name(&object.metadata)?,
         zone: label(&object.metadata, ZONE),
         leaves: tainted || object.metadata.deletion_timestamp.is_some(),
+        addresses: node_addresses(object.status.as_ref())?,
     })
+}
+
+/// Of each family the first InternalIP, else the first ExternalIP.
+fn node_addresses(status: Option<&core::NodeStatus>) -> Result<BTreeSet<IpAddr>> {
+    let list = status.and_then(|status| status.addresses.as_deref());
+    let mut found = Vec::new();
+    for kind in ["InternalIP", "ExternalIP"] {
+        let list = list.unwrap_or_default().iter().enumerate();
+        for (i, entry) in list.filter(|(_, entry)| entry.type_ == kind) {
+            let ip = address(&format!("status.addresses[{i}].address"), &entry.address)?;
+            if !found.iter().any(|other| family_of(*other) == family_of(ip)) {
+                found.push(ip);
+            }
+        }
+    }
+    Ok(found.into_iter().collect())
 }
 
 fn object_name(metadata: &ObjectMeta) -> Result<String> {

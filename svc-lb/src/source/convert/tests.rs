@@ -487,3 +487,31 @@ fn nodes_that_leave() {
         json!([])
     ));
 }
+
+/// B2: what `primary` means, as a Node object says it.
+#[test]
+fn node_addresses() {
+    let addresses = |list: Value| {
+        let whole = json!({"metadata": {"name": "a"}, "status": {"addresses": list}});
+        match read(Kind::Node, whole) {
+            Ok(Object::Node(node)) => {
+                let texts = node.addresses.iter().map(ToString::to_string);
+                Ok(texts.collect::<Vec<_>>().join(" "))
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    let entry = |kind: &str, address: &str| json!({"type": kind, "address": address});
+    let list = json!([
+        entry("Hostname", "a"),
+        entry("ExternalIP", "198.51.100.1"),
+        entry("InternalIP", "192.0.2.1"),
+        entry("InternalIP", "192.0.2.2"),
+        entry("ExternalIP", "2001:db8::1"),
+    ]);
+    assert_eq!(addresses(list), Ok("192.0.2.1 2001:db8::1".to_owned()));
+    assert_eq!(addresses(json!(null)), Ok(String::new()));
+    let error = addresses(json!([entry("Hostname", "a"), entry("InternalIP", "a")])).unwrap_err();
+    assert!(error.contains("status.addresses[1].address"), "{error}");
+}
