@@ -16,7 +16,10 @@ pub struct Service {
     cluster_ips: Dual,
     ports: Vec<Port>,
     external_ips: Vec<String>,
-    load_balancer: Option<Dual>,
+    /// `status.loadBalancer.ingress`
+    ingress: Vec<Value>,
+    /// Labels of the Service and of its slices.
+    labels: Map<String, Value>,
     /// Fields of `spec` that are set as they are.
     spec: Map<String, Value>,
     endpoints: Vec<Endpoint>,
@@ -57,7 +60,8 @@ impl Service {
             cluster_ips,
             ports: Vec::new(),
             external_ips: Vec::new(),
-            load_balancer: None,
+            ingress: Vec::new(),
+            labels: Map::new(),
             spec: Map::new(),
             endpoints: Vec::new(),
         }
@@ -87,8 +91,22 @@ impl Service {
 
     /// Gives it the addresses of a load balancer.
     #[must_use]
-    pub fn load_balancer(mut self, vips: Dual) -> Self {
-        self.load_balancer = Some(vips);
+    pub fn load_balancer(self, vips: Dual) -> Self {
+        let ingress = vips.both().map(|ip| json!({"ip": ip}));
+        self.ingress(ingress)
+    }
+
+    /// Gives it entries of `status.loadBalancer.ingress` as they are.
+    #[must_use]
+    pub fn ingress(mut self, entries: impl IntoIterator<Item = Value>) -> Self {
+        self.ingress.extend(entries);
+        self
+    }
+
+    /// Gives it and its slices a label.
+    #[must_use]
+    pub fn label(mut self, name: &str, value: &str) -> Self {
+        self.labels.insert(name.to_owned(), value.into());
         self
     }
 
@@ -168,13 +186,13 @@ impl Service {
     }
 
     fn service(&self) -> Value {
-        let kind = match (
-            &self.load_balancer,
-            self.ports.iter().any(|port| port.on_nodes.is_some()),
-        ) {
-            (Some(_), _) => "LoadBalancer",
-            (None, true) => "NodePort",
-            (None, false) => "ClusterIP",
+        let on_nodes = self.ports.iter().any(|port| port.on_nodes.is_some());
+        let kind = if !self.ingress.is_empty() {
+            "LoadBalancer"
+        } else if on_nodes {
+            "NodePort"
+        } else {
+            "ClusterIP"
         };
         let ports: Vec<Value> = self
             .ports
@@ -205,20 +223,13 @@ impl Service {
         if let Value::Object(fields) = &mut spec {
             fields.extend(self.spec.clone());
         }
-        let mut service = json!({
+        json!({
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": {"name": self.name, "namespace": "default"},
+            "metadata": {"name": self.name, "namespace": "default", "labels": self.labels},
             "spec": spec,
-        });
-        if let (Some(vips), Value::Object(fields)) = (self.load_balancer, &mut service) {
-            let ingress = vips.both().map(|ip| json!({"ip": ip}));
-            fields.insert(
-                "status".to_owned(),
-                json!({"loadBalancer": {"ingress": ingress}}),
-            );
-        }
-        service
+            "status": {"loadBalancer": {"ingress": self.ingress}},
+        })
     }
 
     fn slice(&self, family: Family) -> Value {
@@ -246,13 +257,18 @@ impl Service {
             })
             .collect();
         let suffix = family.to_string().to_lowercase();
+        let mut labels = self.labels.clone();
+        labels.insert(
+            "kubernetes.io/service-name".to_owned(),
+            self.name.as_str().into(),
+        );
         json!({
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
             "metadata": {
                 "name": format!("{}-{suffix}", self.name),
                 "namespace": "default",
-                "labels": {"kubernetes.io/service-name": self.name},
+                "labels": labels,
             },
             "addressType": family.to_string(),
             "endpoints": endpoints,

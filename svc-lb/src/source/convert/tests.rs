@@ -499,7 +499,7 @@ fn node_addresses() {
                 Ok(texts.collect::<Vec<_>>().join(" "))
             }
             Ok(other) => panic!("{other:?}"),
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(error),
         }
     };
     let entry = |kind: &str, address: &str| json!({"type": kind, "address": address});
