@@ -35,6 +35,7 @@ fn only(sources: &[Source<'_>]) -> Value {
 
 /// B7: a load balancer's address serves the clients in loadBalancerSourceRanges, and is silent to others, pods included.
 /// Every other frontend serves everyone. A change of the ranges counts for the next connection; one that is open stays.
+/// They hold while no agent runs, and the next one takes them over.
 #[test]
 fn source_ranges() {
     if !privileged() {
@@ -53,7 +54,7 @@ fn source_ranges() {
     let service = || everywhere("web").pods([lab.pod("r1")]);
     let restricted =
         |sources: &[Source<'_>]| service().spec("loadBalancerSourceRanges", only(sources));
-    let (manifests, _agent) = start(&lab, &[restricted(&inside)]);
+    let (manifests, mut agent) = start(&lab, &[restricted(&inside)]);
     for family in Family::BOTH {
         let (tcp, udp) = ports(LOAD_BALANCER, family);
         for source in inside {
@@ -70,7 +71,18 @@ fn source_ranges() {
         reaches(Source::pod(&lab, "pod-out"), CLUSTER_IP, family, &["r1"]);
     }
 
-    let (to, _) = ports(LOAD_BALANCER, Family::V4);
+    let dumped = agent.ask(&["dump", "source-ranges"]).unwrap();
+    for ip in inside.iter().flat_map(|source| source.addr.both()) {
+        assert!(dumped.contains(&ip.to_string()), "{ip}: {dumped}");
+    }
+    let (to, udp) = ports(LOAD_BALANCER, Family::V4);
+    agent.kill().unwrap();
+    silent(Client::of(outside[0].ns), to, udp);
+    reaches(inside[0], LOAD_BALANCER, Family::V4, &["r1"]);
+    agent.restart().unwrap();
+    assert_eq!(agent.ask(&["dump", "source-ranges"]).unwrap(), dumped);
+    silent(Client::of(outside[0].ns), to, udp);
+
     let mut open = Client::of(inside[0].ns).echo(to).unwrap();
     open.ping("still in").unwrap();
     manifests.write(&[restricted(&outside)]).unwrap();
