@@ -72,8 +72,8 @@ const BUGS: [Bug; 10] = [
     Bug {
         name: "datagrams stay with a backend that left",
         file: "pipeline.rs",
-        is: "return !select::still_serves::<F>(flow.backend, flow.generation);",
-        becomes: "return false;",
+        is: "flow.traits & flow::DIRECT == 0 && !select::still_serves",
+        becomes: "flow.traits & flow::DIRECT == 0 && !met.is_udp() && !select::still_serves",
     },
     Bug {
         name: "IPv4 options are not skipped",
