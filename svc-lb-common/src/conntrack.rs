@@ -1,4 +1,4 @@
-//! Flow entries of the `opening` and `established` maps.
+//! Flow entries of the `opening`, `established` and `streams` maps.
 
 use crate::hash::{M1, M2, M3};
 use crate::layout::record;
@@ -33,8 +33,9 @@ record! {
 }
 
 record! {
-    /// Value of a flow entry: the whole translation. Only `state` and `seen` change after insert.
-    pub struct Flow<A> = (36, 60) {
+    /// Value of a flow entry: the whole translation. Only `state`, `seen` and `proof` change after
+    /// insert.
+    pub struct Flow<A> = (40, 64) {
         /// [`Flow::expected_check`] of the key and of everything that does not change.
         pub check: u32,
         /// Source address after translation.
@@ -55,10 +56,25 @@ record! {
         pub traits: u16,
         /// State bits; see [`state`].
         pub state: u32,
-        /// Low 32 bits of jiffies when a packet last matched, one second coarse.
+        /// Low 32 bits of jiffies when a packet of the flow, either way, last matched; one second
+        /// coarse.
         pub seen: u32,
+        /// What the client must show before the flow leaves `opening`. TCP: the sequence number
+        /// that the backend last said, host byte order, of which the client must acknowledge one
+        /// within [`PROOF_WINDOW`]. UDP: low 32 bits of jiffies when the flow was opened, of which
+        /// [`PROOF_SECONDS`] must have passed.
+        pub proof: u32,
     }
 }
+
+/// How far from the backend's latest sequence number an acknowledgement may lie, either way, and
+/// still prove that the client gets the backend's answers. A handshake's third segment lies on it;
+/// data of a first flight lies before it. Who guesses is right once in 2^15 times.
+pub const PROOF_WINDOW: u32 = 1 << 16;
+
+/// How many seconds a UDP flow must be old, with packets both ways, to be a stream. A datagram
+/// proves nothing about who sent it; netfilter takes the same two seconds.
+pub const PROOF_SECONDS: u32 = 2;
 
 /// Traits of a flow, fixed when it is opened.
 pub mod flow {
@@ -78,13 +94,13 @@ pub mod flow {
 
 /// State bits of a flow; each entry of a pair has its own copy.
 pub mod state {
-    /// The backend has answered.
+    /// The backend has answered, with anything but a RST.
     pub const ANSWERED: u32 = 1 << 0;
     /// The client has sent FIN.
     pub const CLIENT_FIN: u32 = 1 << 1;
     /// The backend has sent FIN.
     pub const BACKEND_FIN: u32 = 1 << 2;
-    /// Either side has sent RST.
+    /// Either side has sent RST, and neither anything else since.
     pub const RESET: u32 = 1 << 3;
 
     /// Whether a TCP connection with these bits is over, so that a SYN may open the next one.

@@ -29,7 +29,8 @@ pub fn address_position<A: Address>(address: A, words: u32) -> (u32, u32) {
     (nibble >> 4, (nibble & 15) * 4)
 }
 
-/// Where an address lies in `guard_direct`.
+/// Where an address lies in `guard_direct`: jiffies64 when a direct flow with a translated source
+/// port to such an address was last opened; 0 where there is none.
 #[must_use]
 #[inline(always)]
 pub fn direct_position<A: Address>(address: A) -> u32 {

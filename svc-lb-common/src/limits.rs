@@ -22,6 +22,8 @@ pub const BACKENDS: u32 = 262_144;
 pub const OPENING: u32 = 131_072;
 /// `established4`, `established6`: entries; a flow has two.
 pub const ESTABLISHED: u32 = 524_288;
+/// `streams4`, `streams6`: entries; a flow has two.
+pub const STREAMS: u32 = 131_072;
 /// `affinity4`, `affinity6`: clients times affine service ports (Calico's default is the same).
 pub const AFFINITY: u32 = 65_536;
 /// `source_ranges4`, `source_ranges6`: ranges times service ports that have them.
@@ -35,7 +37,7 @@ pub mod name {
     pub const GUARD: &str = "guard";
     /// Bitmap of NodePorts.
     pub const GUARD_PORT: &str = "guard_port";
-    /// Addresses that direct flows with a translated source port go to; written by the programs.
+    /// Addresses that direct flows with a translated source port go to; set by the programs.
     pub const GUARD_DIRECT: &str = "guard_direct";
     /// Frontends by family.
     pub const FRONTENDS: [&str; 2] = ["frontends4", "frontends6"];
@@ -45,10 +47,12 @@ pub mod name {
     pub const SLOTS: &str = "slots";
     /// Backends by family.
     pub const BACKENDS: [&str; 2] = ["backends4", "backends6"];
-    /// Flows the backend has not answered or the client has not confirmed.
+    /// Flows of which the client has not proved that it gets the backend's answers.
     pub const OPENING: [&str; 2] = ["opening4", "opening6"];
-    /// Flows with traffic both ways.
+    /// TCP connections.
     pub const ESTABLISHED: [&str; 2] = ["established4", "established6"];
+    /// UDP streams.
+    pub const STREAMS: [&str; 2] = ["streams4", "streams6"];
     /// Session affinity by family.
     pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
     /// Whom services admit at load balancer addresses, by family.
@@ -61,7 +65,7 @@ pub mod name {
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 22] = [
+    pub const PINNED: [&str; 24] = [
         GUARD,
         GUARD_PORT,
         GUARD_DIRECT,
@@ -75,6 +79,8 @@ pub mod name {
         OPENING[1],
         ESTABLISHED[0],
         ESTABLISHED[1],
+        STREAMS[0],
+        STREAMS[1],
         AFFINITY[0],
         AFFINITY[1],
         SOURCE_RANGES[0],

@@ -1,4 +1,7 @@
-//! The numbered list of what can become of a packet.
+//! The numbered list of what can become of a packet, and what else is counted.
+
+use crate::Family;
+use crate::limits::name;
 
 /// Whether a packet goes on.
 #[derive(Clone, Copy, Eq, PartialEq)]
@@ -155,6 +158,8 @@ pub enum Event {
     /// A direct connection to a backend took the tuple of a live flow after its SYN had passed:
     /// the order that cannot be detected beforehand.
     Clash = 4,
+    /// A flow's entry was made again: it had been evicted, its counterpart had not.
+    Mended = 5,
 }
 
 impl Event {
@@ -165,6 +170,7 @@ impl Event {
         Self::Moved,
         Self::CheckMismatch,
         Self::Clash,
+        Self::Mended,
     ];
 
     /// The metric's name.
@@ -176,6 +182,7 @@ impl Event {
             Self::Moved => "moved",
             Self::CheckMismatch => "check_mismatch",
             Self::Clash => "clash",
+            Self::Mended => "mended",
         }
     }
 
@@ -187,8 +194,79 @@ impl Event {
     }
 }
 
-/// Entries of the counters array: hook by outcome, then the events.
-pub const COUNTERS: u32 = HOOKS * OUTCOMES + Event::ALL.len() as u32;
+/// Entries of the counters array: hook by outcome, then the events, then the [`Tally`] of each map.
+pub const COUNTERS: u32 = TALLIES + (Lru::ALL.len() * FAMILIES * Tally::ALL.len()) as u32;
+
+/// Number of families.
+const FAMILIES: usize = 2;
+
+/// Where the tallies begin.
+const TALLIES: u32 = HOOKS * OUTCOMES + Event::ALL.len() as u32;
+
+/// A kind of map that evicts when it is full, which nobody is told of.
+#[derive(Clone, Copy, Eq, Hash, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "user", derive(Debug))]
+#[repr(u32)]
+pub enum Lru {
+    /// Flows of which the client has proved nothing.
+    Opening = 0,
+    /// TCP connections.
+    Established = 1,
+    /// UDP streams.
+    Streams = 2,
+    /// Clients' pins.
+    Affinity = 3,
+}
+
+impl Lru {
+    /// All of them, by number.
+    pub const ALL: [Self; 4] = [
+        Self::Opening,
+        Self::Established,
+        Self::Streams,
+        Self::Affinity,
+    ];
+
+    /// The map of one family.
+    #[must_use]
+    pub const fn name(self, family: Family) -> &'static str {
+        let [v4, v6] = match self {
+            Self::Opening => name::OPENING,
+            Self::Established => name::ESTABLISHED,
+            Self::Streams => name::STREAMS,
+            Self::Affinity => name::AFFINITY,
+        };
+        match family {
+            Family::V4 => v4,
+            Family::V6 => v6,
+        }
+    }
+}
+
+/// What the programs count of the entries of an [`Lru`] map, so that its evictions can be estimated.
+#[derive(Clone, Copy, Eq, PartialEq)]
+#[cfg_attr(feature = "user", derive(Debug))]
+#[repr(u32)]
+pub enum Tally {
+    /// Entries that were not there before.
+    Inserted = 0,
+    /// Entries that were there until then.
+    Removed = 1,
+}
+
+impl Tally {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Inserted, Self::Removed];
+
+    /// Index into the counters array.
+    #[must_use]
+    #[inline(always)]
+    pub const fn index(self, map: Lru, family: Family) -> u32 {
+        let second = matches!(family, Family::V6) as u32;
+        let of_family = map as u32 * FAMILIES as u32 + second;
+        TALLIES + of_family * Self::ALL.len() as u32 + self as u32
+    }
+}
 
 /// Index of a counter: per-CPU u64, packets.
 #[must_use]

@@ -5,9 +5,11 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
 use svc_lb_common::conntrack::{Flow, FlowKey, INBOUND, OUTBOUND};
-use svc_lb_common::outcome::{COUNTERS, Event, Hook, Outcome, counter};
+use svc_lb_common::outcome::{COUNTERS, Event, Hook, Lru, Outcome, Tally, counter};
 use svc_lb_common::service::{Frontend, FrontendKey, Range, Service, kind, slot};
-use svc_lb_common::{Addr4, Addr6, Be16, HostAddress as _, Protocol, checksum, guard, hash};
+use svc_lb_common::{
+    Addr4, Addr6, Be16, Family, HostAddress as _, Protocol, checksum, guard, hash,
+};
 
 /// The Internet checksum by its definition: RFC 1071, big-endian words, end-around carry.
 fn by_definition(bytes: &[u8]) -> u16 {
@@ -66,6 +68,14 @@ fn counters_and_names_are_unique() {
     for event in Event::ALL {
         assert!(counters.insert(event.index()));
     }
+    for tally in Tally::ALL {
+        for (map, family) in Lru::ALL
+            .iter()
+            .flat_map(|map| [(*map, Family::V4), (*map, Family::V6)])
+        {
+            assert!(counters.insert(tally.index(map, family)));
+        }
+    }
     assert_eq!(counters.len(), COUNTERS as usize);
     assert_eq!(counters.last(), Some(&(COUNTERS - 1)));
     let names: BTreeSet<_> = Outcome::ALL.iter().map(|outcome| outcome.name()).collect();
@@ -115,6 +125,7 @@ fn flow() -> impl Strategy<Value = (FlowKey<Addr6>, Flow<Addr6>)> {
                     traits,
                     state: 0,
                     seen: 0,
+                    proof: 0,
                 };
                 (key, flow)
             },

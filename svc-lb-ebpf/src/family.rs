@@ -47,8 +47,10 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn backends() -> &'static Array<Backend<Self::Addr>>;
     /// Flows that are not confirmed yet.
     fn opening() -> &'static LruHashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
-    /// Flows with traffic both ways.
+    /// Confirmed TCP connections.
     fn established() -> &'static LruHashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
+    /// Confirmed UDP streams.
+    fn streams() -> &'static LruHashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
     /// Session affinity.
     fn affinity() -> &'static LruHashMap<AffinityKey<Self::Addr>, Affinity>;
     /// Whom services admit at load balancer addresses.
@@ -113,6 +115,11 @@ impl Family for V4 {
     #[inline(always)]
     fn established() -> &'static LruHashMap<FlowKey<Addr4>, Flow<Addr4>> {
         &maps::ESTABLISHED4
+    }
+
+    #[inline(always)]
+    fn streams() -> &'static LruHashMap<FlowKey<Addr4>, Flow<Addr4>> {
+        &maps::STREAMS4
     }
 
     #[inline(always)]
@@ -183,6 +190,11 @@ impl Family for V6 {
     #[inline(always)]
     fn established() -> &'static LruHashMap<FlowKey<Addr6>, Flow<Addr6>> {
         &maps::ESTABLISHED6
+    }
+
+    #[inline(always)]
+    fn streams() -> &'static LruHashMap<FlowKey<Addr6>, Flow<Addr6>> {
+        &maps::STREAMS6
     }
 
     #[inline(always)]

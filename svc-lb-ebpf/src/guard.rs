@@ -1,5 +1,6 @@
 //! First of all: may this packet concern us? What may not leaves after one array read.
 
+use aya_ebpf::helpers::generated::bpf_jiffies64;
 use svc_lb_common::guard::{self, BACKEND, FRONTEND, NODE};
 use svc_lb_common::outcome::Outcome;
 use svc_lb_common::{Address, Be16, Protocol};
@@ -91,12 +92,15 @@ fn direct<A: Address>(address: A) -> bool {
     read(&GUARD_DIRECT, guard::direct_position(address)).is_some_and(|flows| flows != 0)
 }
 
-/// From now on direct flows with a translated source port go to this address.
+/// From now on direct flows with a translated source port go to this address. The time tells who
+/// clears positions that nobody needs whether there was another such flow meanwhile.
 #[inline(always)]
 pub(crate) fn set_direct<A: Address>(address: A) {
     if let Some(flows) = GUARD_DIRECT.get_ptr_mut(guard::direct_position(address)) {
-        // SAFETY: an aligned u64 of a live array; every writer here stores the same 1.
-        unsafe { flows.write_volatile(1) };
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_jiffies64() };
+        // SAFETY: an aligned u64 of a live array.
+        unsafe { flows.write_volatile(now) };
     }
 }
 

@@ -8,10 +8,6 @@
     reason = "offsets and helper arguments are small; the kernel's types are narrower than usize"
 )]
 #![expect(
-    clippy::needless_borrows_for_generic_args,
-    reason = "keys and values go to helpers from where they lie, not by way of the stack"
-)]
-#![expect(
     clippy::needless_pass_by_value,
     reason = "the entry macros pass the context by value"
 )]

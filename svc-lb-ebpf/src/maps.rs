@@ -4,14 +4,15 @@
 //! | --- | --- | --- | --- | --- |
 //! | guard | array, mmapped | address hash -> 16 nibbles of hint bits | agent | - |
 //! | guard_port | array, mmapped | protocol and port -> bit | agent | - |
-//! | guard_direct | array, mmapped | address hash -> non-zero: direct flows go there | programs | stays set: a conntrack miss for packets to that address |
+//! | guard_direct | array, mmapped | address hash -> jiffies64 when a direct flow there was last opened, or 0 | programs, agent clears | - |
 //! | frontends4/6 | hash | address, port, protocol -> service, kind | agent | object refused |
 //! | services | array, mmapped | index -> ranges, flags, affinity timeout | agent | object refused |
 //! | slots | array, mmapped | position -> two backend ids | agent | object refused |
 //! | backends4/6 | array, mmapped | id -> address, port, generation, bits | agent | object refused |
-//! | opening4/6 | LRU hash | tuple, direction -> translation | programs | evicts |
-//! | established4/6 | LRU hash | the same | programs | evicts |
-//! | affinity4/6 | LRU hash | client, service -> backend, time | programs | evicts |
+//! | opening4/6 | LRU hash | tuple, direction -> translation | programs, agent deletes | evicts |
+//! | established4/6 | LRU hash | the same, TCP | as above | evicts |
+//! | streams4/6 | LRU hash | the same, UDP | as above | evicts |
+//! | affinity4/6 | LRU hash | client, service -> backend, time | as above | evicts |
 //! | source_ranges4/6 | LPM trie | service, prefix of client -> admitted | agent | object refused |
 //! | edges | hash | interface index -> kind, bridge, MAC | agent | interface refused |
 //! | counters | per-CPU array | hook and outcome, or event -> packets | programs | - |
@@ -72,6 +73,12 @@ pub(crate) static ESTABLISHED4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>> =
 #[map(name = "established6")]
 pub(crate) static ESTABLISHED6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>> =
     LruHashMap::with_max_entries(limits::ESTABLISHED, 0);
+#[map(name = "streams4")]
+pub(crate) static STREAMS4: LruHashMap<FlowKey<Addr4>, Flow<Addr4>> =
+    LruHashMap::with_max_entries(limits::STREAMS, 0);
+#[map(name = "streams6")]
+pub(crate) static STREAMS6: LruHashMap<FlowKey<Addr6>, Flow<Addr6>> =
+    LruHashMap::with_max_entries(limits::STREAMS, 0);
 #[map(name = "affinity4")]
 pub(crate) static AFFINITY4: LruHashMap<AffinityKey<Addr4>, Affinity> =
     LruHashMap::with_max_entries(limits::AFFINITY, 0);

@@ -8,6 +8,7 @@
 use core::arch::asm;
 
 use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::outcome::Outcome;
 use svc_lb_common::{Address, Protocol};
 
 use crate::guard::Concern;
@@ -22,10 +23,10 @@ pub(crate) struct Met<A: Address> {
     pub(crate) key: FlowKey<A>,
     /// The flow: found, or being opened.
     pub(crate) flow: Flow<A>,
-    /// Key of the reverse entry of a flow being opened or promoted.
-    pub(crate) reverse_key: FlowKey<A>,
-    /// The reverse entry.
-    pub(crate) reverse: Flow<A>,
+    /// Key of the flow's other entry.
+    pub(crate) peer_key: FlowKey<A>,
+    /// The other entry, as it must be.
+    pub(crate) peer: Flow<A>,
     /// An entry that is in the way of it.
     pub(crate) other: Flow<A>,
     /// The service that a packet without a flow is for.
@@ -38,10 +39,16 @@ pub(crate) struct Met<A: Address> {
     pub(crate) l3: u32,
     /// Offset of the transport header.
     pub(crate) l4: u32,
+    /// State bits that the packet sets.
+    pub(crate) gained: u32,
+    /// State bits that the packet clears.
+    pub(crate) lost: u32,
     /// TCP flags; 0 for other protocols.
     pub(crate) flags: u8,
     /// Why it may concern us.
     pub(crate) concern: Concern,
+    /// What became of it so far.
+    pub(crate) outcome: Outcome,
     /// Non-zero: the flow being opened must have a translated source port.
     pub(crate) translate_port: u8,
 }
@@ -95,6 +102,12 @@ impl<A: Address> Met<A> {
     #[inline(always)]
     pub(crate) fn is_udp(&self) -> bool {
         self.key.protocol == Protocol::Udp as u8
+    }
+
+    /// The flow's state after the packet.
+    #[inline(always)]
+    pub(crate) fn state(&self) -> u32 {
+        self.flow.state & !self.lost | self.gained
     }
 
     /// A SYN that opens a connection.

@@ -1,20 +1,17 @@
 //! Opening a flow: its translation, its two entries, and a source port where the tuple is taken.
 
-use svc_lb_common::conntrack::{Flow, flow, state};
+use svc_lb_common::Be16;
+use svc_lb_common::conntrack::{FlowKey, flow, state};
 use svc_lb_common::hash::{M1, mix, scale};
-use svc_lb_common::outcome::{Event, Outcome};
-use svc_lb_common::{Address, Be16};
+use svc_lb_common::outcome::{Event, Lru, Outcome};
 
 use crate::config::config;
-use crate::conntrack;
+use crate::conntrack::{self, Flows};
 use crate::family::Family;
 use crate::guard;
 use crate::met::Met;
 use crate::packet::Step;
 use crate::stats;
-
-/// BPF_NOEXIST of bpf_map_update_elem.
-const NOEXIST: u64 = 1;
 
 /// Source ports that are tried for one flow. The range is shared only by flows of one client address
 /// to one backend whose tuples met; when half of it is taken, 8 tries fail for 1 flow in 256.
@@ -27,9 +24,29 @@ const PORT_TRIES: u32 = 8;
 #[inline(never)]
 pub(crate) fn enter<F: Family>(met: &mut Met<F::Addr>) -> Step<Outcome> {
     met.flow.seen = conntrack::now();
-    if met.translate_port == 0 && claim::<F>(met) {
-        return insert_forward::<F>(met);
+    met.flow.state = 0;
+    met.flow.proof = if met.is_udp() { met.flow.seen } else { 0 };
+    conntrack::set_peer(met);
+    let translated = met.translate_port != 0 || !is_free::<F>(met);
+    if translated {
+        translate_port::<F>(met)?;
     }
+    let claim = claim::<F>(met);
+    if claim == Claim::Taken {
+        return Err(Outcome::PortsExhausted);
+    }
+    if translated {
+        stats::event(Event::PortTranslated);
+        if met.flow.traits & flow::DIRECT != 0 {
+            guard::set_direct(met.key.destination);
+        }
+    }
+    insert_forward::<F>(met, claim)
+}
+
+/// Finds a source port with which the tuple behind the frontend is free.
+#[inline(never)]
+fn translate_port<F: Family>(met: &mut Met<F::Addr>) -> Step<()> {
     let first = config!(snat_first) as u32;
     let ports = config!(snat_last) as u32 - first + 1;
     let mut attempt = 0;
@@ -37,58 +54,115 @@ pub(crate) fn enter<F: Family>(met: &mut Met<F::Addr>) -> Step<Outcome> {
         let start = mix((met.hash as u64).wrapping_add((attempt as u64).wrapping_mul(M1)));
         let port = first + scale((start >> 32) as u32, ports);
         met.flow.source_port = Be16::new(port as u16);
-        if claim::<F>(met) {
-            stats::event(Event::PortTranslated);
-            if met.flow.traits & flow::DIRECT != 0 {
-                guard::set_direct(met.key.destination);
-            }
-            return insert_forward::<F>(met);
+        met.peer_key.destination_port = met.flow.source_port;
+        if is_free::<F>(met) {
+            conntrack::set_peer(met);
+            return Ok(());
         }
         attempt += 1;
     }
     Err(Outcome::PortsExhausted)
 }
 
-/// Claims the tuple behind the frontend by its reverse entry; false where it is taken. A live entry
-/// that names this client and frontend is ours, with its state; a closed connection's is taken over.
+/// Whether the tuple behind the frontend can be claimed: nobody has it, or a connection that is
+/// over, or this flow.
 #[inline(never)]
-fn claim<F: Family>(met: &mut Met<F::Addr>) -> bool {
-    met.flow.state = 0;
-    conntrack::set_reverse(met);
+fn is_free<F: Family>(met: &Met<F::Addr>) -> bool {
+    let Some(found) = conntrack::peek::<F>(&met.peer_key) else {
+        return true;
+    };
+    // SAFETY: the element stays mapped while the program runs. Should it be given to another key
+    // meanwhile, another port is tried, or the claim fails.
+    let found = unsafe { &*found };
+    state::closed(found.state) || conntrack::same_translation(found, &met.peer)
+}
+
+/// What came of a claim to the tuple behind the frontend. As wide as [`Outcome`]; see
+/// `pipeline::Decision`.
+#[derive(Clone, Copy, Eq, PartialEq)]
+#[repr(u32)]
+enum Claim {
+    /// It is another flow's.
+    Taken,
+    /// It is ours, in `opening`.
+    Opening,
+    /// It is ours and was confirmed: only the forward entry had been evicted.
+    Confirmed,
+}
+
+/// Claims the tuple behind the frontend by its reverse entry. A live entry that names this client
+/// and frontend is ours, with its state; a closed connection's is taken over.
+#[inline(never)]
+fn claim<F: Family>(met: &mut Met<F::Addr>) -> Claim {
+    let syn = met.is_bare_syn();
     let Met {
+        key,
         flow,
-        reverse_key,
-        reverse,
+        peer_key,
+        peer,
         other,
         ..
     } = met;
-    if conntrack::find::<F>(reverse_key, other).is_some() {
-        if !state::closed(other.state) {
-            flow.state = other.state;
-            return names_same_client(other, reverse);
-        }
-        let mut peer = *reverse_key;
-        conntrack::forget::<F>(reverse_key, other, &mut peer);
+    let Some(found) = conntrack::find::<F>(peer_key, other) else {
+        return enter_reverse::<F>(met);
+    };
+    if state::closed(other.state) {
+        let mut other_forward = *peer_key;
+        conntrack::forget::<F>(peer_key, other, &mut other_forward);
+        return enter_reverse::<F>(met);
     }
-    F::opening()
-        .insert(&*reverse_key, &*reverse, NOEXIST)
-        .is_ok()
+    if !conntrack::same_translation(other, peer) {
+        return Claim::Taken;
+    }
+    flow.state = other.state;
+    if syn {
+        // The next connection from the same port: nothing of it has ended yet.
+        flow.state &= state::ANSWERED;
+    }
+    flow.proof = other.proof;
+    peer.state = flow.state;
+    peer.proof = flow.proof;
+    let claim = if found.opening {
+        Claim::Opening
+    } else {
+        Claim::Confirmed
+    };
+    // The pair is one flow's again: traits, backend and all.
+    let (map, lru) = home::<F>(key, claim);
+    if conntrack::put(map, lru, peer_key, peer) {
+        claim
+    } else {
+        Claim::Taken
+    }
 }
 
 #[inline(always)]
-fn names_same_client<A: Address>(found: &Flow<A>, reverse: &Flow<A>) -> bool {
-    found.source == reverse.source
-        && found.destination == reverse.destination
-        && found.source_port == reverse.source_port
-        && found.destination_port == reverse.destination_port
-        && found.traits & flow::DIRECT == reverse.traits & flow::DIRECT
+fn enter_reverse<F: Family>(met: &Met<F::Addr>) -> Claim {
+    if conntrack::insert(F::opening(), Lru::Opening, &met.peer_key, &met.peer) {
+        Claim::Opening
+    } else {
+        Claim::Taken
+    }
 }
 
+/// Where a claimed flow's entries lie.
 #[inline(always)]
-fn insert_forward<F: Family>(met: &mut Met<F::Addr>) -> Step<Outcome> {
+fn home<F: Family>(key: &FlowKey<F::Addr>, claim: Claim) -> (&'static Flows<F::Addr>, Lru) {
+    if claim == Claim::Confirmed {
+        conntrack::confirmed::<F>(key)
+    } else {
+        (F::opening(), Lru::Opening)
+    }
+}
+
+/// Enters the forward entry beside the reverse one.
+#[inline(always)]
+fn insert_forward<F: Family>(met: &mut Met<F::Addr>, claim: Claim) -> Step<Outcome> {
     met.flow.check = met.flow.expected_check(&met.key);
-    match F::opening().insert(&met.key, &met.flow, 0) {
-        Ok(()) => Ok(Outcome::Open),
-        Err(_) => Err(Outcome::FlowInsert),
+    let (map, lru) = home::<F>(&met.key, claim);
+    if conntrack::put(map, lru, &met.key, &met.flow) {
+        Ok(Outcome::Open)
+    } else {
+        Err(Outcome::FlowInsert)
     }
 }

@@ -11,7 +11,7 @@ use svc_lb_common::service::{flag, kind};
 
 use crate::admit;
 use crate::config::enabled;
-use crate::conntrack::{self, Entry};
+use crate::conntrack;
 use crate::family::{V4, V6};
 use crate::forward::{self, Route};
 use crate::guard;
@@ -68,23 +68,22 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
     met.set((ip.source, ip.destination), l3, &transport, INBOUND);
     met.concern = concern;
     let met = met.settle();
-    let entry = conntrack::find::<F>(&met.key, &mut met.flow);
-    let outcome = match &entry {
-        Some(entry) if !ended::<F>(met) => follow::<F>(met, entry),
-        _ => {
-            let interface = packet.interface();
-            let decision = decide::<F>(interface, packet.hook(), met, entry.is_some())?;
-            match (decision, &entry) {
-                (Decision::Open, _) => open::enter::<F>(met)?,
-                (Decision::Keep, Some(entry)) => follow::<F>(met, entry),
-                (Decision::Reject | Decision::Keep, _) => {
-                    return reject::port_unreachable::<P, F>(packet, met);
+    let known = along::<P, F>(packet, met, false);
+    if known != Along::Followed {
+        let ended = known == Along::Ended;
+        match decide::<F>(packet.interface(), packet.hook(), met, ended)? {
+            Decision::Open => met.outcome = open::enter::<F>(met)?,
+            Decision::Keep => {
+                if along::<P, F>(packet, met, true) != Along::Followed {
+                    return Err(Outcome::NoFrontend);
                 }
             }
+            Decision::Reject => return reject::port_unreachable::<P, F>(packet, met),
         }
-    };
+    }
+    let met = met.settle();
     rewrite::translate::<P, F>(packet, met)?;
-    forward::inbound::<P, F>(packet, met, outcome)
+    forward::inbound::<P, F>(packet, met, met.outcome)
 }
 
 /// Whether a packet that matches a forward entry nevertheless wants a new flow: a SYN after the
@@ -101,18 +100,40 @@ fn ended<F: Stack>(met: &Met<F::Addr>) -> bool {
     flow.traits & flow::DIRECT == 0 && !select::still_serves::<F>(flow.backend, flow.generation)
 }
 
-/// A packet along a known flow.
-#[inline(always)]
-fn follow<F: Stack>(met: &mut Met<F::Addr>, entry: &Entry<F::Addr>) -> Outcome {
-    conntrack::follow::<F>(met, entry);
-    if conntrack::confirms(&met.flow, entry) {
+/// What came of looking for a packet's flow. As wide as [`Outcome`]; see [`Decision`].
+#[derive(Clone, Copy, Eq, PartialEq)]
+#[repr(u32)]
+enum Along {
+    /// It went along its flow; [`Met::outcome`] says how.
+    Followed,
+    /// It has none.
+    Unknown,
+    /// It has one, in [`Met::flow`], that has ended.
+    Ended,
+}
+
+/// Sends a packet along its flow, even one that has ended if `keep` says so.
+///
+/// A function of its own, so that what is known of the element is forgotten at its end: each map
+/// that it may lie in would have all decisions that follow verified once more.
+#[inline(never)]
+fn along<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, keep: bool) -> Along {
+    let Some(entry) = conntrack::find::<F>(&met.key, &mut met.flow) else {
+        return Along::Unknown;
+    };
+    if !keep && ended::<F>(met) {
+        return Along::Ended;
+    }
+    conntrack::follow::<P, F>(packet, met, &entry);
+    if conntrack::confirms(packet, met, &entry) {
         conntrack::promote::<F>(met);
     }
-    if entry.opening {
+    met.outcome = if entry.opening {
         Outcome::ForwardOpening
     } else {
         Outcome::Forward
-    }
+    };
+    Along::Followed
 }
 
 /// What to do with a packet that has no flow, or one that has ended. As wide as [`Outcome`]: undefined
@@ -156,7 +177,7 @@ fn decide<F: Stack>(
         return nobody(&target);
     };
     if ended {
-        conntrack::forget::<F>(&met.key, &met.flow, &mut met.reverse_key);
+        conntrack::forget::<F>(&met.key, &met.flow, &mut met.peer_key);
         if met.is_udp() {
             stats::event(Event::Moved);
         }
@@ -218,7 +239,7 @@ fn direct<F: Stack>(met: &mut Met<F::Addr>, edge: u32, hook: Hook, ended: bool) 
         return Err(Outcome::NoFrontend);
     }
     if ended {
-        conntrack::forget::<F>(&met.key, &met.flow, &mut met.reverse_key);
+        conntrack::forget::<F>(&met.key, &met.flow, &mut met.peer_key);
     }
     met.flow.source = met.key.source;
     met.flow.destination = met.key.destination;
@@ -229,8 +250,8 @@ fn direct<F: Stack>(met: &mut Met<F::Addr>, edge: u32, hook: Hook, ended: bool) 
     met.flow.generation = 0;
     met.flow.traits = flow::DIRECT | flow::SYN;
     met.translate_port = 1;
-    conntrack::set_reverse(met);
-    match conntrack::find::<F>(&met.reverse_key, &mut met.other) {
+    conntrack::set_peer(met);
+    match conntrack::find::<F>(&met.peer_key, &mut met.other) {
         Some(_) if !state::closed(met.other.state) => {}
         Some(_) | None => return Err(Outcome::NotOurs),
     }
@@ -265,7 +286,7 @@ fn outbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
         stats::event(Event::Clash);
         return Err(Outcome::NotOurs);
     }
-    conntrack::follow::<F>(met, &entry);
+    conntrack::follow::<P, F>(packet, met, &entry);
     rewrite::translate::<P, F>(packet, met)?;
     Ok(Verdict::On(Outcome::Reverse))
 }

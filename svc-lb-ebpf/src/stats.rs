@@ -1,6 +1,7 @@
 //! Counters: per-CPU, one array, plain increments.
 
-use svc_lb_common::outcome::{Event, Hook, Outcome, counter};
+use svc_lb_common::Address;
+use svc_lb_common::outcome::{Event, Hook, Lru, Outcome, Tally, counter};
 
 use crate::maps::COUNTERS;
 
@@ -14,6 +15,12 @@ pub(crate) fn outcome(hook: Hook, outcome: Outcome) {
 #[inline(always)]
 pub(crate) fn event(event: Event) {
     add(event.index());
+}
+
+/// Counts an entry that came into a map, or left it.
+#[inline(always)]
+pub(crate) fn tally<A: Address>(tally: Tally, map: Lru) {
+    add(tally.index(map, A::FAMILY));
 }
 
 #[inline(always)]

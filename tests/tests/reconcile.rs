@@ -74,6 +74,7 @@ fn map_infos(sizes: Sizes) -> BTreeMap<&'static str, MapInfo> {
     let [ranges4, ranges6] = name::SOURCE_RANGES;
     let [opening4, opening6] = name::OPENING;
     let [established4, established6] = name::ESTABLISHED;
+    let [streams4, streams6] = name::STREAMS;
     let flows4 = info::<FlowKey<Addr4>, Flow<Addr4>>(LRU_HASH, 20_000, 0);
     let flows6 = info::<FlowKey<Addr6>, Flow<Addr6>>(LRU_HASH, 1_024, 0);
     BTreeMap::from([
@@ -121,6 +122,8 @@ fn map_infos(sizes: Sizes) -> BTreeMap<&'static str, MapInfo> {
         (opening6, flows6),
         (established4, flows4),
         (established6, flows6),
+        (streams4, flows4),
+        (streams6, flows6),
         (name::EDGES, info::<u32, Edge>(HASH, 64, 0)),
         (name::COUNTERS, info::<u32, u64>(PERCPU_ARRAY, COUNTERS, 0)),
     ])
@@ -552,6 +555,7 @@ fn all_flows_are_seen_once_in_batches() -> Result<()> {
         traits: 0,
         state: 0,
         seen: CLOCK.jiffies,
+        proof: 0,
     };
     let count = 9_000;
     let keys: Vec<_> = (1..=count).map(key).collect();

@@ -54,14 +54,14 @@ const BUGS: [Bug; 10] = [
     Bug {
         name: "the backend's FIN counts as the client's",
         file: "conntrack.rs",
-        is: "bits |= if reverse {\n            state::BACKEND_FIN",
-        becomes: "bits |= if reverse {\n            state::CLIENT_FIN",
+        is: "gained |= if reverse {\n            state::BACKEND_FIN",
+        becomes: "gained |= if reverse {\n            state::CLIENT_FIN",
     },
     Bug {
         name: "a live flow's tuple is taken over",
-        file: "open.rs",
-        is: "if !state::closed(other.state) {",
-        becomes: "if other.source_port.0 == 0 {",
+        file: "conntrack.rs",
+        is: "found.source == peer.source\n        && found.destination == peer.destination",
+        becomes: "found.destination == peer.destination",
     },
     Bug {
         name: "what XDP translated is taken for a direct connection",

@@ -19,7 +19,7 @@ use super::edges;
 use crate::dataplane::kernel::{Flows, MapSet};
 use crate::dataplane::pins::Pins;
 use crate::dataplane::sys::map::{TypedMap, map_info};
-use crate::dataplane::{FlowTable, loader, map_name};
+use crate::dataplane::{FAMILIES, FlowTable, loader, map_name};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
 use crate::health::services::Report;
 use crate::observe::status::{HealthStatus, MapStatus, ProgramStatus, SourceStatus, Status};
@@ -221,21 +221,17 @@ where
 fn flow_counts(flows: &Flows) -> Vec<(&'static str, u64)> {
     let mut counts = BTreeMap::new();
     let counted = flows.visit(&mut |flow| {
-        let names = match flow.table {
-            FlowTable::Opening => name::OPENING,
-            FlowTable::Established => name::ESTABLISHED,
-        };
-        *counts
-            .entry(map_name(names, Family::of(flow.source.ip())))
-            .or_insert(0) += 1;
+        let map = flow.table.lru().name(Family::of(flow.source.ip()));
+        *counts.entry(map).or_insert(0) += 1;
     });
     if let Err(error) = counted {
         warn!(%error, "flows not counted for status");
         return Vec::new();
     }
-    let tables = name::OPENING.into_iter().chain(name::ESTABLISHED);
-    tables
-        .map(|name| (name, counts.get(name).copied().unwrap_or(0)))
+    let maps = FlowTable::ALL
+        .into_iter()
+        .flat_map(|table| FAMILIES.map(|family| table.lru().name(family)));
+    maps.map(|name| (name, counts.get(name).copied().unwrap_or(0)))
         .collect()
 }
 

@@ -350,6 +350,7 @@ impl FlowRow {
             table: match entry.table {
                 FlowTable::Opening => "opening",
                 FlowTable::Established => "established",
+                FlowTable::Streams => "streams",
             },
             protocol: svc_lb_common::Protocol::from_number(entry.protocol).map_or_else(
                 || entry.protocol.to_string(),

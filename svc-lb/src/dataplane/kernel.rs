@@ -141,9 +141,11 @@ struct FamilyMaps<A: HostAddress> {
 #[derive(Debug)]
 struct FamilyFlows<A: HostAddress> {
     family: Family,
-    opening: TypedMap<FlowKey<A>, Flow<A>>,
-    established: TypedMap<FlowKey<A>, Flow<A>>,
+    tables: [(FlowTable, FlowMap<A>); 3],
 }
+
+/// One map of flows.
+type FlowMap<A> = TypedMap<FlowKey<A>, Flow<A>>;
 
 /// The flow maps alone: for readers beside the owner of [`Kernel`], at no cost of memory.
 #[derive(Debug)]
@@ -178,23 +180,21 @@ where
 {
     fn take(maps: &mut MapSet, family: Family) -> Result<Self> {
         let lru = Shape::of::<FlowKey<A>, Flow<A>>(bpf_map_type::BPF_MAP_TYPE_LRU_HASH);
-        let (opening, _) = maps.take_typed(map_name(name::OPENING, family), &lru)?;
-        let (established, _) = maps.take_typed(map_name(name::ESTABLISHED, family), &lru)?;
+        let mut take = |table: FlowTable| {
+            let (map, _) = maps.take_typed(table.lru().name(family), &lru)?;
+            Ok((table, map))
+        };
+        let [opening, established, streams] = FlowTable::ALL;
         Ok(Self {
             family,
-            opening,
-            established,
+            tables: [take(opening)?, take(established)?, take(streams)?],
         })
     }
 
     fn visit(&self, visit: &mut dyn FnMut(&FlowEntry)) -> Result<()> {
-        let tables = [
-            (FlowTable::Opening, &self.opening, name::OPENING),
-            (FlowTable::Established, &self.established, name::ESTABLISHED),
-        ];
-        for (table, map, names) in tables {
-            map.visit(&mut |key, flow| visit(&FlowEntry::new(table, key, flow)))
-                .map_err(|source| failed("read", map_name(names, self.family), source))?;
+        for (table, map) in &self.tables {
+            map.visit(&mut |key, flow| visit(&FlowEntry::new(*table, key, flow)))
+                .map_err(|source| failed("read", table.lru().name(self.family), source))?;
         }
         Ok(())
     }

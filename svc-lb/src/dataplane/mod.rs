@@ -12,6 +12,7 @@ use serde::Serialize;
 use svc_lb_common::backend::{self, Backend};
 use svc_lb_common::conntrack::{self, Flow, FlowKey};
 use svc_lb_common::guard;
+use svc_lb_common::outcome::Lru;
 use svc_lb_common::service::{Frontend, FrontendKey, Service};
 use svc_lb_common::source_range::SourceRangeKey;
 use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
@@ -450,17 +451,34 @@ pub struct Snapshot {
     pub source_ranges: Vec<SourceRange>,
 }
 
-/// Which of the two flow maps.
+/// Which of the flow maps.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FlowTable {
-    /// The backend has not answered, or the client has not sent again since.
+    /// The client has not proved yet that it gets the backend's answers.
     Opening,
-    /// Traffic both ways.
+    /// TCP connections.
     Established,
+    /// UDP streams.
+    Streams,
 }
 
-/// One entry of `opening` or `established`, in `std`'s types.
+impl FlowTable {
+    /// All of them, in the order in which flows go through them.
+    pub const ALL: [Self; 3] = [Self::Opening, Self::Established, Self::Streams];
+
+    /// The kind of map.
+    #[must_use]
+    pub const fn lru(self) -> Lru {
+        match self {
+            Self::Opening => Lru::Opening,
+            Self::Established => Lru::Established,
+            Self::Streams => Lru::Streams,
+        }
+    }
+}
+
+/// One entry of `opening`, `established` or `streams`, in `std`'s types.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 pub struct FlowEntry {
     /// The map.

@@ -7,10 +7,10 @@ use std::str::FromStr;
 use svc_lb_common::limits::{self, name};
 use thiserror::Error;
 
-/// A flow of each family takes this many bytes of kernel memory in `established` and `opening`
-/// together: element header, key, value and bucket of one IPv4 and one IPv6 entry, and a quarter
-/// of that again for `opening`.
-const BYTES_PER_ENTRY: u64 = 360;
+/// An entry of `established` takes this many bytes of kernel memory, both families and the other
+/// flow maps together: element header, key, value and bucket of one IPv4 and one IPv6 entry, and a
+/// quarter of that again for each of `opening` and `streams`.
+const BYTES_PER_ENTRY: u64 = 432;
 /// `established` has at most this part of the machine's memory, both families together.
 const MEMORY_SHARE: u64 = 50;
 const ESTABLISHED_MIN: u32 = 32_768;
@@ -65,6 +65,7 @@ impl MapSizes {
             (name::BACKENDS, limits::BACKENDS),
             (name::OPENING, established / 4),
             (name::ESTABLISHED, established),
+            (name::STREAMS, established / 4),
             (name::AFFINITY, limits::AFFINITY),
             (name::SOURCE_RANGES, limits::SOURCE_RANGES),
         ];
@@ -143,7 +144,12 @@ fn range(name: &str) -> (u32, u32) {
         name::GUARD => (1 << 6, 1 << 27),
         // Smaller LRU maps evict entries that are in use: the kernel keeps up to 128 free ones
         // for each CPU.
-        _ if [name::OPENING, name::ESTABLISHED].concat().contains(&name) => (1_024, 1 << 26),
+        _ if [name::OPENING, name::ESTABLISHED, name::STREAMS]
+            .concat()
+            .contains(&name) =>
+        {
+            (1_024, 1 << 26)
+        }
         _ => (16, 1 << 26),
     }
 }
@@ -182,6 +188,7 @@ mod tests {
             assert_eq!(sizes.get("established4"), Some(established), "{memory}");
             assert_eq!(sizes.get("established6"), Some(established), "{memory}");
             assert_eq!(sizes.get("opening4"), Some(established / 4), "{memory}");
+            assert_eq!(sizes.get("streams6"), Some(established / 4), "{memory}");
         }
     }
 

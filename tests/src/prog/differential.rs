@@ -115,6 +115,7 @@ impl Round {
                     .map_err(|what| format!("packet {number}: {what}{}", self.history()))?;
             }
         }
+        self.rig.check_tallies()?;
         report.packets += plan.packets;
         report.times[2] += started.elapsed();
         for (count, number) in self.expected.iter() {
@@ -152,6 +153,15 @@ impl Round {
             }
             69..72 => {
                 plan::reclaim(&mut self.rig.planner, &self.rig.kernel).expect("a grace period");
+            }
+            72..90 => {
+                self.rig.age_datagrams();
+                self.reference.age_datagrams();
+            }
+            90..190 => {
+                if let Some([lost, kept]) = self.reference.evict(self.rng.u64(..)) {
+                    self.rig.evict(&lost, &kept);
+                }
             }
             _ => {}
         }

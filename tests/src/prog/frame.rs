@@ -116,12 +116,16 @@ pub struct Frame {
     pub part: Option<Part>,
     /// TCP, UDP or another.
     pub transport: Transport,
+    /// TCP's sequence number and the one it acknowledges.
+    pub numbers: [u32; 2],
     /// What follows the transport header.
     pub payload: Vec<u8>,
     /// Ethernet padding behind the IP packet.
     pub padding: usize,
 }
 
+/// TCP's numbers where nothing else is said; of frames that are no TCP too.
+const NUMBERS: [u32; 2] = [0x1122_3344, 0x5566_7788];
 const CLIENT_MAC: Mac = [0x02, 0, 0, 0, 0, 0x0c];
 const NODE_MAC: Mac = [0x02, 0, 0, 0, 0, 0x01];
 
@@ -151,6 +155,7 @@ impl Frame {
             extensions: Vec::new(),
             part: None,
             transport,
+            numbers: NUMBERS,
             payload: b"hello".to_vec(),
             padding: 0,
         }
@@ -170,7 +175,7 @@ impl Frame {
         self
     }
 
-    /// The answer to this frame: turned around, with other TCP flags.
+    /// The answer to this frame: turned around, with other TCP flags, from where it acknowledges.
     #[must_use]
     pub fn answer(&self, flags: u8) -> Self {
         let transport = match self.transport {
@@ -178,11 +183,16 @@ impl Frame {
             other @ (Transport::Udp { .. } | Transport::Other(_)) => other,
         };
         let [destination, source] = self.macs;
+        let numbers = match (transport, self.numbers) {
+            (Transport::Tcp { .. }, [sent, expected]) => [expected, sent],
+            (Transport::Udp { .. } | Transport::Other(_), numbers) => numbers,
+        };
         Self {
             macs: [source, destination],
             source: self.destination,
             destination: self.source,
             transport,
+            numbers,
             hops: HOPS,
             payload: b"world!".to_vec(),
             ..self.clone()
@@ -338,7 +348,7 @@ impl Frame {
         body.extend(self.destination.port().to_be_bytes());
         let check = match self.transport {
             Transport::Tcp { flags } => {
-                body.extend([0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
+                body.extend(self.numbers.map(u32::to_be_bytes).concat());
                 body.extend([0x50, flags, 0xfa, 0xf0, 0, 0, 0, 0]);
                 Some(16)
             }
@@ -421,14 +431,15 @@ impl Frame {
                 l4 += length;
             }
         }
-        let (transport, header) = match number {
+        let (transport, numbers, header) = match number {
             next::TCP => {
                 let flags = *bytes.get(l4 + 13)?;
-                (Transport::Tcp { flags }, 20)
+                let numbers = [double_word(bytes, l4 + 4)?, double_word(bytes, l4 + 8)?];
+                (Transport::Tcp { flags }, numbers, 20)
             }
             next::UDP => {
                 let checksum = word(bytes, l4 + 6)? != 0;
-                (Transport::Udp { checksum }, 8)
+                (Transport::Udp { checksum }, NUMBERS, 8)
             }
             _ => return None,
         };
@@ -446,6 +457,7 @@ impl Frame {
             extensions,
             part: None,
             transport,
+            numbers,
             payload: bytes.get(l4 + header..end)?.to_vec(),
             padding: bytes.len() - end,
         };
@@ -522,6 +534,13 @@ pub fn octets(address: IpAddr) -> Vec<u8> {
 pub fn word(bytes: &[u8], at: usize) -> Option<u16> {
     let pair: [u8; 2] = bytes.get(at..at + 2)?.try_into().ok()?;
     Some(u16::from_be_bytes(pair))
+}
+
+/// The big-endian double word at an offset.
+#[must_use]
+pub fn double_word(bytes: &[u8], at: usize) -> Option<u32> {
+    let four: [u8; 4] = bytes.get(at..at + 4)?.try_into().ok()?;
+    Some(u32::from_be_bytes(four))
 }
 
 fn be16(length: usize) -> [u8; 2] {

@@ -444,6 +444,7 @@ impl Traffic {
                     _ => flags::SYN | flags::ACK,
                 });
                 answer.hops = hops(rng);
+                miscount(rng, &mut answer);
                 if hairpin {
                     (*hook, *interface, answer)
                 } else {
@@ -461,6 +462,7 @@ impl Traffic {
                     Transport::Udp { .. } | Transport::Other(_) => sent.clone(),
                 };
                 again.hops = hops(rng);
+                miscount(rng, &mut again);
                 again.payload = payload(rng);
                 (*hook, *interface, again)
             }
@@ -518,6 +520,17 @@ fn protocol(rng: &mut Rng) -> Protocol {
 fn hops(rng: &mut Rng) -> u8 {
     rng.choice([0, 1, 2, 63, 64, 255, 63, 64])
         .expect("a number")
+}
+
+/// Now and then another of TCP's numbers, often at the edge of what proves that a client hears.
+fn miscount(rng: &mut Rng, frame: &mut Frame) {
+    if !matches!(frame.transport, Transport::Tcp { .. }) || rng.u8(..3) > 0 {
+        return;
+    }
+    let (near, far) = (0xffff_u32, 0x1_0000_u32);
+    let steps = [1, near, far, far.wrapping_neg(), !far, rng.u32(..)];
+    let which = rng.usize(..2);
+    frame.numbers[which] = frame.numbers[which].wrapping_add(rng.choice(steps).expect("a step"));
 }
 
 fn payload(rng: &mut Rng) -> Vec<u8> {

@@ -48,6 +48,8 @@ pub struct Answer {
 const REACH: usize = 1_024;
 /// IPv6 headers that are looked at, the transport's included.
 const CHAIN: usize = 6;
+/// How far from what the backend said an acknowledgement may lie, before or behind.
+const PROOF: i32 = 65_536;
 /// Source ports that are tried for a flow.
 const PORT_TRIES: u64 = 8;
 /// At most so much of a packet is quoted in an ICMP error.
@@ -94,10 +96,12 @@ struct Flows {
     made: u64,
 }
 
-/// Where a packet is met: on its way in at an edge, or out.
+/// Where a packet is met.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-enum Way {
+pub enum Way {
+    /// On its way in at an edge.
     In,
+    /// On its way out.
     Out,
 }
 
@@ -108,12 +112,17 @@ enum Side {
     Backend,
 }
 
+/// What an entry matches.
 #[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
-struct Tuple {
-    way: Way,
-    protocol: u8,
-    source: SocketAddr,
-    destination: SocketAddr,
+pub struct Tuple {
+    /// Where the packet is met.
+    pub way: Way,
+    /// IANA protocol number.
+    pub protocol: u8,
+    /// The packet's source.
+    pub source: SocketAddr,
+    /// Its destination.
+    pub destination: SocketAddr,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -140,6 +149,14 @@ struct Connection {
     answered: bool,
     fin: [bool; 2],
     reset: bool,
+    /// What the backend's latest segment must be acknowledged with, while the flow opens.
+    heard: u32,
+    /// Opened so long ago that a datagram proves something.
+    aged: bool,
+    /// Whose packets no longer find the flow, because their entry was evicted.
+    evicted: Option<Side>,
+    /// No packet for so long that the next one refreshes the flow.
+    stale: bool,
 }
 
 impl Connection {
@@ -162,6 +179,13 @@ impl Connection {
             protocol: self.protocol,
             source: self.backend,
             destination: self.seen,
+        }
+    }
+
+    const fn tuple(&self, side: Side) -> Tuple {
+        match side {
+            Side::Client => self.client_tuple(),
+            Side::Backend => self.backend_tuple(),
         }
     }
 
@@ -194,9 +218,27 @@ impl Flows {
         let Some(connection) = self.connections.remove(&id) else {
             return;
         };
-        for tuple in [connection.client_tuple(), connection.backend_tuple()] {
-            self.by_tuple.remove(&tuple);
+        for side in [Side::Client, Side::Backend] {
+            let tuple = connection.tuple(side);
+            if self.find(&tuple) == Some((id, side)) {
+                self.by_tuple.remove(&tuple);
+            }
         }
+    }
+
+    /// Gives a flow the entry back that it lost, unless another flow has the tuple now.
+    fn mend(&mut self, id: u64) -> bool {
+        let connection = self.connections.get_mut(&id).expect("it was found");
+        let Some(side) = connection.evicted else {
+            return false;
+        };
+        let tuple = connection.tuple(side);
+        if self.by_tuple.contains_key(&tuple) {
+            return false;
+        }
+        connection.evicted = None;
+        self.by_tuple.insert(tuple, (id, side));
+        true
     }
 }
 
@@ -207,6 +249,9 @@ struct Read {
     l4: usize,
     tuple: Tuple,
     flags: u8,
+    /// TCP's numbers.
+    sequence: u32,
+    acknowledges: u32,
     first_fragment: bool,
 }
 
@@ -301,6 +346,31 @@ impl Reference {
     /// Every pin is older than any timeout.
     pub fn age_pins(&mut self) {
         self.pins.values_mut().for_each(|pin| pin.expired = true);
+    }
+
+    /// Every UDP flow is old enough for a client's datagram to confirm it.
+    pub fn age_datagrams(&mut self) {
+        for connection in self.flows.connections.values_mut() {
+            connection.aged = true;
+        }
+    }
+
+    /// Loses one entry of some flow, which then has had no packet for long; which one `seed` decides. Returns what
+    /// the lost entry matched and what the other one matches.
+    pub fn evict(&mut self, seed: u64) -> Option<[Tuple; 2]> {
+        let whole = self.flows.connections.iter_mut();
+        let (_, connection) = whole
+            .filter(|(_, connection)| connection.evicted.is_none())
+            .min_by_key(|(id, _)| mix(seed ^ **id))?;
+        let [lost, kept] = match seed % 2 {
+            0 => [Side::Client, Side::Backend],
+            _ => [Side::Backend, Side::Client],
+        };
+        connection.evicted = Some(lost);
+        connection.stale = true;
+        let tuples = [lost, kept].map(|side| connection.tuple(side));
+        self.flows.by_tuple.remove(&tuples[0]);
+        Some(tuples)
     }
 
     /// Forgets all flows.
@@ -419,8 +489,15 @@ impl Reference {
         } else {
             Outcome::ForwardOpening
         };
-        connection.note(side, read.flags);
-        if side == Side::Client && connection.answered && !connection.established {
+        self.note(id, side, read, events);
+        let connection = self.flows.connections[&id];
+        let backends_tuple = self.flows.find(&connection.backend_tuple());
+        if side == Side::Client
+            && connection.is_proved_by(read)
+            && backends_tuple.is_none_or(|found| found == (id, Side::Backend))
+        {
+            self.flows.mend(id);
+            let connection = self.flows.connections.get_mut(&id).expect("it was found");
             connection.established = true;
             events.push(Event::Promoted);
             if let (true, Some((backend, generation, service))) =
@@ -435,6 +512,32 @@ impl Reference {
             }
         }
         Exit::Along(id, side, outcome)
+    }
+
+    /// Notes what a packet says about its flow.
+    fn note(&mut self, id: u64, side: Side, read: &Read, events: &mut Vec<Event>) {
+        let connection = self.flows.connections.get_mut(&id).expect("it was found");
+        let before = (connection.answered, connection.fin, connection.reset);
+        let reset = read.flags & flags::RST != 0;
+        let answers = side == Side::Backend && !reset;
+        connection.reset = reset;
+        connection.answered |= answers;
+        connection.fin[usize::from(side == Side::Backend)] |= read.flags & flags::FIN != 0;
+        if side == Side::Client && read.opens() {
+            connection.fin = [false; 2];
+        }
+        let proves = answers && !read.is_udp() && !connection.established;
+        if proves {
+            let syn = u32::from(read.flags & flags::SYN != 0);
+            connection.heard = read.sequence.wrapping_add(syn);
+        }
+        let after = (connection.answered, connection.fin, connection.reset);
+        if proves || after != before || connection.stale {
+            connection.stale = false;
+            if self.flows.mend(id) {
+                events.push(Event::Mended);
+            }
+        }
     }
 
     /// Opens a flow for a packet that has none, or whose flow has ended.
@@ -493,6 +596,10 @@ impl Reference {
             answered: false,
             fin: [false; 2],
             reset: false,
+            heard: 0,
+            aged: false,
+            evicted: None,
+            stale: false,
         };
         self.enter(connection, !(hairpin && used == kind::NODE_PORT), events)
     }
@@ -530,6 +637,10 @@ impl Reference {
             answered: false,
             fin: [false; 2],
             reset: false,
+            heard: 0,
+            aged: false,
+            evicted: None,
+            stale: false,
         };
         let taken = self
             .flows
@@ -575,26 +686,39 @@ impl Reference {
         Err(Outcome::PortsExhausted)
     }
 
-    fn entered(&mut self, connection: Connection) -> Exit {
+    /// Enters a flow whose way is free, or one again whose client's entry was lost: with all that was known of it, but
+    /// for how the last connection from that port ended.
+    fn entered(&mut self, mut connection: Connection) -> Exit {
+        if let Some((id, _)) = self.flows.find(&connection.backend_tuple()) {
+            let known = self.flows.connections[&id];
+            connection.established = known.established;
+            connection.answered = known.answered;
+            connection.heard = known.heard;
+            connection.aged = known.aged;
+            if !connection.syn {
+                connection.fin = known.fin;
+            }
+            self.flows.remove(id);
+        }
         Exit::Along(self.flows.insert(connection), Side::Client, Outcome::Open)
     }
 
-    /// Whether the tuple behind the frontend is free; one whose connection is over is made so.
+    /// Whether the tuple behind the frontend is free, or the same flow's; one whose connection is over is made so.
     fn make_way(&mut self, connection: &Connection) -> bool {
         let Some((id, _)) = self.flows.find(&connection.backend_tuple()) else {
             return true;
         };
         let other = self.flows.connections[&id];
+        if other.is_closed() {
+            self.flows.remove(id);
+            return true;
+        }
+        let same = (other.client, other.asked) == (connection.client, connection.asked);
         assert!(
-            (other.client, other.asked) != (connection.client, connection.asked)
-                || other.is_closed(),
+            !same || other.evicted == Some(Side::Client),
             "the client's packet would have found it: {other:?}"
         );
-        if !other.is_closed() {
-            return false;
-        }
-        self.flows.remove(id);
-        true
+        same
     }
 
     /// The service a packet is for, and what its client's address is; none for an undefined port of a ClusterIP.
@@ -789,14 +913,14 @@ impl Reference {
         if read.first_fragment {
             return Err(Outcome::Fragment);
         }
-        let connection = self.flows.connections.get_mut(&id).expect("it was found");
+        let connection = self.flows.connections[&id];
         let says_hello = read.flags & (flags::SYN | flags::RST) != 0;
         let waits = connection.syn && !connection.answered && !connection.established;
         if waits && !read.is_udp() && !says_hello {
             events.push(Event::Clash);
             return Err(Outcome::NotOurs);
         }
-        connection.note(side, read.flags);
+        self.note(id, side, &read, events);
         let mut frame = at.frame.to_vec();
         translate(&mut frame, &read, connection.translation(side));
         Ok((Verdict::On, Outcome::Reverse, frame))
@@ -911,10 +1035,16 @@ impl Reference {
 }
 
 impl Connection {
-    fn note(&mut self, side: Side, tcp: u8) {
-        self.answered |= side == Side::Backend;
-        self.fin[usize::from(side == Side::Backend)] |= tcp & flags::FIN != 0;
-        self.reset |= tcp & flags::RST != 0;
+    /// Whether a client's packet shows that it gets the backend's answers, where that was not known yet.
+    const fn is_proved_by(&self, read: &Read) -> bool {
+        if self.established || !self.answered || self.is_closed() {
+            return false;
+        }
+        if read.is_udp() {
+            return self.aged;
+        }
+        let distance = read.acknowledges.wrapping_sub(self.heard).cast_signed();
+        read.flags & flags::ACK != 0 && -PROOF <= distance && distance < PROOF
     }
 }
 
@@ -1088,14 +1218,15 @@ const fn part(offset: u16, more: bool) -> Option<bool> {
 /// Reads ports and flags of what we translate.
 fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
     let (frame, l4) = (at.frame, payload.l4);
-    let tcp = match payload.protocol {
+    let (tcp, sequence, acknowledges) = match payload.protocol {
         next::TCP => {
             let [_, flags, ..] = bytes::<8>(frame, l4 + 12)?;
-            flags
+            let number = |at| Ok(u32::from_be_bytes(bytes::<4>(frame, l4 + at)?));
+            (flags, number(4)?, number(8)?)
         }
         next::UDP => {
             let _checksum = bytes::<2>(frame, l4 + 6)?;
-            0
+            (0, 0, 0)
         }
         _ => return Err(Outcome::OtherProtocol),
     };
@@ -1110,6 +1241,8 @@ fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
             destination: SocketAddr::new(ip.destination, port(2)?),
         },
         flags: tcp,
+        sequence,
+        acknowledges,
         first_fragment: payload.part == Some(true),
     })
 }

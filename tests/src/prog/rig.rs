@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -10,18 +11,19 @@ use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions,
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use svc_lb::compile::desired::DesiredPort;
 use svc_lb::dataplane::kernel::{Kernel, MapSet};
-use svc_lb::dataplane::{Dataplane as _, FlowEntry};
+use svc_lb::dataplane::{Dataplane as _, FAMILIES, FlowEntry, FlowTable};
 use svc_lb::model::ObjectName;
 use svc_lb::plan::{self, Planner};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::config::Config;
-use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::conntrack::{Flow, FlowKey, INBOUND, OUTBOUND, PROOF_SECONDS};
 use svc_lb_common::edge::{self, Edge};
 use svc_lb_common::limits::name;
-use svc_lb_common::outcome::{Event, Hook, Outcome, counter};
-use svc_lb_common::{Addr4, Addr6};
+use svc_lb_common::outcome::{Event, Hook, Outcome, Tally, counter};
+use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
 
 use super::network::Network;
+use super::reference::{Tuple, Way};
 
 /// Jiffies per second as the programs are told: seconds are then long, so that nothing times out that a test does
 /// not age itself.
@@ -54,7 +56,7 @@ pub struct Setup {
 }
 
 /// Small enough to load quickly and read back whole, large enough that nothing is evicted.
-const SIZES: [(&str, u32); 12] = [
+const SIZES: [(&str, u32); 14] = [
     (name::GUARD, 256),
     (name::SERVICES, 64),
     (name::SLOTS, 1_024),
@@ -67,6 +69,8 @@ const SIZES: [(&str, u32); 12] = [
     (name::OPENING[1], 32_768),
     (name::ESTABLISHED[0], 32_768),
     (name::ESTABLISHED[1], 32_768),
+    (name::STREAMS[0], 32_768),
+    (name::STREAMS[1], 32_768),
 ];
 
 /// The object that `cargo xtask build` leaves.
@@ -112,6 +116,8 @@ pub struct Rig {
     pub planner: Planner,
     /// The settings as loaded.
     pub config: Config,
+    /// Flow entries that the rig removed, by map.
+    removed: BTreeMap<&'static str, u64>,
 }
 
 impl fmt::Debug for Rig {
@@ -159,6 +165,7 @@ impl Rig {
             kernel,
             planner,
             config,
+            removed: BTreeMap::new(),
         };
         for (index, edge) in edges(network) {
             rig.kernel.put_edge(index, &edge).expect("an edge is put");
@@ -232,6 +239,34 @@ impl Rig {
         counters
     }
 
+    /// Compares the tallies of the flow maps with the entries there are; nothing may have been evicted.
+    ///
+    /// # Errors
+    /// The map whose entries are not those that came and did not leave.
+    pub fn check_tallies(&self) -> Result<(), String> {
+        let counters = self.kernel.counters().expect("counters are read");
+        let tally = |tally: Tally, map, family| counters[tally.index(map, family) as usize];
+        let flows = self.flows();
+        for table in FlowTable::ALL {
+            for family in FAMILIES {
+                let map = table.lru().name(family);
+                let here = |flow: &&FlowEntry| {
+                    flow.table == table && Family::of(flow.source.ip()) == family
+                };
+                let present = flows.iter().filter(here).count() as u64;
+                let inserted = tally(Tally::Inserted, table.lru(), family);
+                let removed = tally(Tally::Removed, table.lru(), family);
+                let by_rig = self.removed.get(map).copied().unwrap_or(0);
+                if inserted != present + removed + by_rig {
+                    return Err(format!(
+                        "{map}: {inserted} entries inserted, {removed} removed, {by_rig} by the test, {present} present"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// All flow entries.
     #[must_use]
     pub fn flows(&self) -> Vec<FlowEntry> {
@@ -244,19 +279,75 @@ impl Rig {
 
     /// Removes all flow entries.
     pub fn clear_flows(&mut self) {
-        for [v4, v6] in [name::OPENING, name::ESTABLISHED] {
+        for [v4, v6] in [name::OPENING, name::ESTABLISHED, name::STREAMS] {
             self.clear::<FlowKey<Addr4>, Flow<Addr4>>(v4);
             self.clear::<FlowKey<Addr6>, Flow<Addr6>>(v6);
         }
     }
 
-    fn clear<K: aya::Pod, V: aya::Pod>(&mut self, map: &str) {
-        let map = self.ebpf.map_mut(map).expect("the map is there");
+    fn clear<K: aya::Pod, V: aya::Pod>(&mut self, name: &'static str) {
+        let map = self.ebpf.map_mut(name).expect("the map is there");
         let mut map: aya::maps::HashMap<_, K, V> = map.try_into().expect("a hash");
         let keys: Vec<K> = map.keys().map(|key| key.expect("a key")).collect();
+        *self.removed.entry(name).or_default() += keys.len() as u64;
         for key in keys {
             map.remove(&key).expect("an entry is removed");
         }
+    }
+
+    /// Makes every UDP flow that is opening old enough for a client's datagram to confirm it.
+    pub fn age_datagrams(&mut self) {
+        let age = PROOF_SECONDS * self.config.hz;
+        let age_one = |protocol: u8, proof: &mut u32| {
+            if protocol == Protocol::Udp as u8 {
+                *proof = proof.wrapping_sub(age);
+            }
+        };
+        let [v4, v6] = name::OPENING;
+        change_all::<FlowKey<Addr4>, Flow<Addr4>>(self.map(v4), &|key, flow| {
+            age_one(key.protocol, &mut flow.proof);
+        });
+        change_all::<FlowKey<Addr6>, Flow<Addr6>>(self.map(v6), &|key, flow| {
+            age_one(key.protocol, &mut flow.proof);
+        });
+    }
+
+    /// Removes one entry of a flow, and makes the other one look as if no packet had matched for long.
+    pub fn evict(&mut self, lost: &Tuple, kept: &Tuple) {
+        match lost.source.ip() {
+            IpAddr::V4(_) => self.evict_in::<Addr4>(0, lost, kept),
+            IpAddr::V6(_) => self.evict_in::<Addr6>(1, lost, kept),
+        }
+    }
+
+    fn evict_in<A: HostAddress>(&mut self, family: usize, lost: &Tuple, kept: &Tuple)
+    where
+        FlowKey<A>: aya::Pod,
+        Flow<A>: aya::Pod,
+    {
+        let (lost, kept) = (key::<A>(lost), key::<A>(kept));
+        let second = self.config.hz;
+        let mut removed = Vec::new();
+        for names in [name::OPENING, name::ESTABLISHED, name::STREAMS] {
+            let map = self.map(names[family]);
+            let mut map: aya::maps::HashMap<_, FlowKey<A>, Flow<A>> =
+                map.try_into().expect("a hash");
+            if map.remove(&lost).is_ok() {
+                removed.push(names[family]);
+            }
+            if let Ok(mut flow) = map.get(&kept, 0) {
+                flow.seen = flow.seen.wrapping_sub(second);
+                map.insert(kept, flow, 0).expect("an entry is written");
+            }
+        }
+        assert_eq!(removed.len(), 1, "the flow has its entries");
+        for name in removed {
+            *self.removed.entry(name).or_default() += 1;
+        }
+    }
+
+    fn map(&mut self, name: &str) -> &mut Map {
+        self.ebpf.map_mut(name).expect("the map is there")
     }
 
     /// Sets the tokens in the CPUs' buckets of generated packets.
@@ -284,21 +375,42 @@ impl Rig {
         for (index, name) in name::AFFINITY.into_iter().enumerate() {
             let map = self.ebpf.map_mut(name).expect("the map is there");
             if index == 0 {
-                change_all::<AffinityKey<Addr4>>(map, &change);
+                change_all::<AffinityKey<Addr4>, _>(map, &|_, pin| change(pin));
             } else {
-                change_all::<AffinityKey<Addr6>>(map, &change);
+                change_all::<AffinityKey<Addr6>, _>(map, &|_, pin| change(pin));
             }
         }
     }
 }
 
-fn change_all<K: aya::Pod>(map: &mut Map, change: &impl Fn(&mut Affinity)) {
-    let mut map: aya::maps::HashMap<_, K, Affinity> = map.try_into().expect("a hash");
-    let pins: Vec<_> = map.iter().map(|pin| pin.expect("a pin")).collect();
-    for (key, mut pin) in pins {
-        change(&mut pin);
-        map.insert(key, pin, 0).expect("a pin is written");
+fn change_all<K: aya::Pod, V: aya::Pod>(map: &mut Map, change: &dyn Fn(&K, &mut V)) {
+    let mut map: aya::maps::HashMap<_, K, V> = map.try_into().expect("a hash");
+    let entries: Vec<_> = map.iter().map(|entry| entry.expect("an entry")).collect();
+    for (key, mut value) in entries {
+        change(&key, &mut value);
+        map.insert(key, value, 0).expect("an entry is written");
     }
+}
+
+fn key<A: HostAddress>(tuple: &Tuple) -> FlowKey<A> {
+    let at = |end: SocketAddr| {
+        let address = A::from_ip(end.ip()).expect("of the family");
+        (address, Be16::new(end.port()))
+    };
+    let ((source, source_port), (destination, destination_port)) =
+        (at(tuple.source), at(tuple.destination));
+    let direction = match tuple.way {
+        Way::In => INBOUND,
+        Way::Out => OUTBOUND,
+    };
+    FlowKey::new(
+        source,
+        destination,
+        source_port,
+        destination_port,
+        tuple.protocol,
+        direction,
+    )
 }
 
 /// Loads one program and returns how many instructions the verifier walked through.

@@ -19,6 +19,7 @@ fn datagrams_move_from_a_backend_that_left() {
         assert_eq!(out.destination, w.local);
 
         bench.program(w.port(Protocol::Udp));
+        bench.rig.age_datagrams();
         let stays = bench
             .pod_sends(&datagram)
             .translated(Outcome::ForwardOpening, &[Event::Promoted]);

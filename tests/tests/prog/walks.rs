@@ -43,14 +43,19 @@ fn a_tcp_connection_lives_and_ends() {
         bench
             .pod_sends(&fin)
             .became(Outcome::Forward, &fin.clone().to(w.remote));
-        // Half closed: a SYN is a stray one and changes nothing.
+        // Half closed: a SYN follows, and nothing of the connection it begins has ended yet.
         bench
             .pod_sends(&syn)
             .became(Outcome::Forward, &syn.clone().to(w.remote));
-        let fin = answer.with_flags(FIN | ACK);
+        let backends_fin = answer.with_flags(FIN | ACK);
         bench
-            .pod_gets(&fin)
-            .became(Outcome::Reverse, &fin.clone().from(w.vip));
+            .pod_gets(&backends_fin)
+            .became(Outcome::Reverse, &backends_fin.clone().from(w.vip));
+        bench
+            .pod_sends(&syn)
+            .became(Outcome::Forward, &syn.clone().to(w.remote));
+        bench.pod_gets(&backends_fin).parsed();
+        bench.pod_sends(&fin).parsed();
         // The last acknowledgement still follows.
         bench
             .pod_sends(&ack)
@@ -111,9 +116,17 @@ fn datagrams_of_one_socket_stay_together() {
         bench
             .pod_gets(&answer)
             .became(Outcome::Reverse, &answer.clone().from(w.vip));
+        // A pair of datagrams and an answer make no stream yet: anybody's datagrams can bring them about.
+        bench.pod_sends(&datagram).became(
+            Outcome::ForwardOpening,
+            &datagram.clone().to(out.destination),
+        );
+        assert_eq!(tables(bench), [FlowTable::Opening; 2]);
+        bench.rig.age_datagrams();
         bench
             .pod_sends(&datagram)
             .translated(Outcome::ForwardOpening, &[Event::Promoted]);
+        assert_eq!(tables(bench), [FlowTable::Streams; 2]);
         bench
             .pod_sends(&datagram)
             .became(Outcome::Forward, &datagram.clone().to(out.destination));
