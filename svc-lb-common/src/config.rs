@@ -32,8 +32,11 @@ record! {
         pub generate_rate: u32,
         /// Generated packets that a CPU may send at once after a pause.
         pub generate_burst: u32,
-        /// Zero.
-        pub reserved: [u32; 2],
+        /// The cluster's seed, the same on every node: selection of services with [`MAGLEV`] and
+        /// nothing else.
+        ///
+        /// [`MAGLEV`]: crate::service::flag::MAGLEV
+        pub maglev_seed: u64,
     }
 }
 
@@ -68,6 +71,6 @@ impl Config {
         hz: 100,
         generate_rate: 1_000,
         generate_burst: 1_000,
-        reserved: [0; 2],
+        maglev_seed: 0,
     };
 }

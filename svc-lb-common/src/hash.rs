@@ -58,3 +58,15 @@ pub const fn scale(hash: u32, length: u32) -> u32 {
 pub fn address_hash<A: Address>(address: A) -> u32 {
     (address.fold().wrapping_mul(M1) >> 32) as u32
 }
+
+/// Hashes a text: FNV-1a, mixed. The same on every machine and in every version.
+#[must_use]
+pub const fn text_hash(text: &str) -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut bytes = text.as_bytes();
+    while let [first, rest @ ..] = bytes {
+        hash = (hash ^ *first as u64).wrapping_mul(0x0100_0000_01b3);
+        bytes = rest;
+    }
+    mix(hash)
+}

@@ -13,8 +13,9 @@ pub const FRONTENDS: u32 = 65_536;
 /// `services`: service ports of both families.
 pub const SERVICES: u32 = 65_536;
 /// `slots`, in words of [`crate::service::SLOTS_PER_WORD`]: twice 100,000 endpoints in two sets,
-/// for both the old and the new range of a service while it is republished.
-pub const SLOT_WORDS: u32 = 262_144;
+/// for both the old and the new range of a service while it is republished, or as much again in
+/// Maglev tables (16 of the largest size altogether).
+pub const SLOT_WORDS: u32 = 524_288;
 /// `backends4`, `backends6`.
 pub const BACKENDS: u32 = 262_144;
 /// `opening4`, `opening6`: entries; a flow has two. Default for small machines, see

@@ -167,6 +167,9 @@ pub mod flag {
     pub const HAS_ANY: u32 = 1 << 2;
     /// Load balancer frontends admit only the addresses in `source_ranges`.
     pub const SOURCE_RANGES: u32 = 1 << 3;
+    /// Every node picks the same backend for the same tuple: the hash is that of the cluster's
+    /// seed, and depends on nothing that only this node knows.
+    pub const MAGLEV: u32 = 1 << 4;
 }
 
 impl Service {

@@ -45,8 +45,13 @@ fn set(target: &Target, from_pod: bool) -> (Range, u32) {
 /// The 32-bit hash that a new flow's decisions start from.
 #[inline(always)]
 pub(crate) fn hash<A: Address>(key: &FlowKey<A>) -> u32 {
+    seeded(config!(seed), key)
+}
+
+#[inline(always)]
+fn seeded<A: Address>(seed: u64, key: &FlowKey<A>) -> u32 {
     flow_hash(
-        config!(seed),
+        seed,
         key.source,
         key.destination,
         key.source_port,
@@ -57,8 +62,9 @@ pub(crate) fn hash<A: Address>(key: &FlowKey<A>) -> u32 {
 
 /// Picks a backend; `None` where the set is empty.
 ///
-/// A pure function of the tuple, the node's seed and the set: a flow entry that is lost and made
-/// again names the same backend while the table stands.
+/// A pure function of the tuple, a seed and the set: a flow entry that is lost and made again names
+/// the same backend while the table stands. With Maglev the seed is the cluster's, so that every
+/// node names the same one (SEMANTICS F9).
 #[inline(always)]
 pub(crate) fn backend<F: Family>(
     target: &Target,
@@ -69,6 +75,7 @@ pub(crate) fn backend<F: Family>(
     if range.length() == 0 {
         return Ok(None);
     }
+    let maglev = target.service.flags() & flag::MAGLEV != 0;
     let mut hash = met.hash;
     if target.service.affinity_seconds() != 0 {
         let client = met.key.source;
@@ -77,8 +84,14 @@ pub(crate) fn backend<F: Family>(
         }
         // Whichever frontend and source port: the client alone decides (SEMANTICS F2, F5).
         let none = Be16(0);
-        let seed = config!(seed) ^ target.index as u64;
+        let seed = if maglev {
+            config!(maglev_seed)
+        } else {
+            config!(seed) ^ target.index as u64
+        };
         hash = flow_hash(seed, client, client, none, none, 0);
+    } else if maglev {
+        hash = seeded(config!(maglev_seed), &met.key);
     }
     let position = range.start() + scale(hash, range.length());
     let word = read(&SLOTS, position / SLOTS_PER_WORD).ok_or(Outcome::BadBackend)?;

@@ -20,6 +20,8 @@ mod health;
 mod reach;
 #[path = "netns/refusal.rs"]
 mod refusal;
+#[path = "netns/selection.rs"]
+mod selection;
 #[path = "netns/servers.rs"]
 mod servers;
 #[path = "netns/sockets.rs"]

@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 use svc_lb::compile::desired::{
-    Backend, DesiredPort, Frontend, FrontendAddress, FrontendKind, PortKey,
+    Backend, DesiredPort, Frontend, FrontendAddress, FrontendKind, PortKey, Selection,
 };
 use svc_lb::dataplane::faulty::Faulty;
 use svc_lb::dataplane::kernel::{Kernel, MapSet};
@@ -29,10 +29,11 @@ use svc_lb_common::backend::Backend as BackendElement;
 use svc_lb_common::conntrack::{Flow, FlowKey, INBOUND};
 use svc_lb_common::edge::{Edge, POD};
 use svc_lb_common::guard::{FRONTEND, PORT_WORDS};
+use svc_lb_common::hash::{flow_hash, scale};
 use svc_lb_common::limits::name;
 use svc_lb_common::outcome::COUNTERS;
 use svc_lb_common::service::{
-    Frontend as FrontendRecord, FrontendKey, SLOTS_PER_WORD, Service, kind,
+    Frontend as FrontendRecord, FrontendKey, SLOTS_PER_WORD, Service, flag, kind,
 };
 use svc_lb_common::source_range::SourceRangeKey;
 use svc_lb_common::{Addr4, Addr6, Be16, Family, Protocol};
@@ -51,7 +52,7 @@ fn sizes() -> Sizes {
         guard_words: 1 << 10,
         frontends: PerFamily { v4: 128, v6: 128 },
         services: 61,
-        slots: 514,
+        slots: 2_050,
         backends: PerFamily { v4: 259, v6: 257 },
         source_ranges: PerFamily { v4: 63, v6: 65 },
     }
@@ -152,7 +153,7 @@ fn ip(family: Family, net: u8, host: u8) -> IpAddr {
 }
 
 fn any_backend(family: Family) -> impl Strategy<Value = Backend> {
-    (0..8u8, any::<[bool; 4]>()).prop_map(move |(host, bits)| {
+    (0..8u8, any::<[bool; 4]>(), 1..4u16).prop_map(move |(host, bits, weight)| {
         let [in_cluster, in_local, serving, local] = bits;
         Backend {
             address: SocketAddr::new(ip(family, 1, host), 8080),
@@ -160,6 +161,7 @@ fn any_backend(family: Family) -> impl Strategy<Value = Backend> {
             in_local,
             serving,
             local,
+            weight,
         }
     })
 }
@@ -181,8 +183,10 @@ fn any_port(service: u8, family: Family) -> impl Strategy<Value = DesiredPort> {
     let backends = proptest::collection::vec(any_backend(family), 0..8);
     let extras = proptest::collection::vec(extra, 0..3);
     let ranges = proptest::option::of(proptest::collection::vec(any_range(family), 0..4));
-    let parts = (backends, extras, any::<[bool; 3]>(), ranges);
-    parts.prop_map(move |(backends, extras, bits, source_ranges)| {
+    let maglev = |slots| Selection::Maglev { seed: 7, slots };
+    let selection = select(vec![Selection::Random, maglev(11), maglev(31)]);
+    let parts = (backends, extras, any::<[bool; 3]>(), ranges, selection);
+    parts.prop_map(move |(backends, extras, bits, source_ranges, selection)| {
         let [internal_local, external_local, has_any] = bits;
         let own = FrontendAddress::Ip(ip(family, 0, service));
         let frontends = extras
@@ -207,6 +211,7 @@ fn any_port(service: u8, family: Family) -> impl Strategy<Value = DesiredPort> {
             internal_local,
             external_local,
             has_any,
+            selection,
             affinity_seconds: None,
             source_ranges,
         }
@@ -611,5 +616,141 @@ fn edges_and_counters_are_read_back() -> Result<()> {
     ensure!(kernel.edges()? == BTreeMap::from([(7, edge)]));
     ensure!(kernel.counters()? == vec![0; COUNTERS as usize]);
     kernel.grace()?;
+    Ok(())
+}
+
+/// The backend that a tuple gets in the Cluster set of the service with this ClusterIP, as the
+/// programs pick it.
+fn picked(snapshot: &Snapshot, frontend: FrontendAt, seed: u64, client: SocketAddr) -> SocketAddr {
+    let SocketAddr::V4(client) = client else {
+        panic!("IPv4 alone is enough here");
+    };
+    let IpAddr::V4(to) = frontend.address else {
+        panic!("IPv4 alone is enough here");
+    };
+    let find = |at: &FrontendAt| snapshot.frontends.iter().find(|(other, _)| other == at);
+    let (_, value) = find(&frontend).unwrap();
+    let words = snapshot
+        .services
+        .iter()
+        .find(|(index, _)| *index == value.service);
+    let (_, service) = words.unwrap();
+    assert_ne!(service.flags() & flag::MAGLEV, 0);
+    let hash = flow_hash(
+        seed,
+        Addr4::from(*client.ip()),
+        Addr4::from(to),
+        Be16::new(client.port()),
+        Be16::new(frontend.port),
+        frontend.protocol,
+    );
+    let position = service.cluster.start() + scale(hash, service.cluster.length());
+    let id = *snapshot.slots.get(position as usize).unwrap();
+    let backends = &snapshot.backends.v4;
+    backends
+        .iter()
+        .find(|(other, _)| *other == id)
+        .unwrap()
+        .1
+        .address
+}
+
+/// F9: two nodes that got there by different ways, one over the kernel's maps and restarted in
+/// between, pick the same backend for every tuple; and a backend that leaves moves its own flows
+/// and hardly any other.
+#[test]
+fn f9_nodes_with_different_histories_agree() -> Result<()> {
+    const SEED: u64 = 42;
+    let large = Sizes {
+        slots: 4 * 65_522,
+        ..sizes()
+    };
+    let backend = |host: u8| Backend {
+        address: SocketAddr::new(ip(Family::V4, 1, host), 8080),
+        in_cluster: true,
+        in_local: false,
+        serving: true,
+        local: false,
+        weight: 1,
+    };
+    let web = |hosts: &[u8]| DesiredPort {
+        key: PortKey {
+            namespace: "ns".into(),
+            service: "web".into(),
+            port_name: String::new(),
+            protocol: Protocol::Tcp,
+            family: Family::V4,
+        },
+        frontends: vec![Frontend {
+            address: FrontendAddress::Ip(ip(Family::V4, 0, 9)),
+            port: 80,
+            kind: FrontendKind::ClusterIp,
+        }],
+        backends: hosts.iter().map(|host| backend(*host)).collect(),
+        internal_local: false,
+        external_local: false,
+        has_any: true,
+        selection: Selection::Maglev {
+            seed: SEED,
+            slots: 65_521,
+        },
+        affinity_seconds: None,
+        source_ranges: None,
+    };
+    let name = ObjectName::new("ns", "web");
+    let other = ObjectName::new("ns", "other");
+    let all: Vec<u8> = (1..=8).collect();
+
+    let mut here = World::new(Memory::new(large), 0, 0);
+    here.planner.set_service(&name, vec![web(&all)]);
+    here.settle();
+
+    let maps = create(&map_infos(large))?;
+    let mut there = World::new(Kernel::new(maps)?, 0, 0);
+    let mut before = web(&[9, 8, 7]);
+    before.key.service = "other".into();
+    before.frontends[0].address = FrontendAddress::Ip(ip(Family::V4, 0, 8));
+    there.planner.set_service(&other, vec![before]);
+    there.planner.set_service(&name, vec![web(&[8, 3])]);
+    there.settle();
+    there.planner.remove_service(&other);
+    there.planner.set_service(&name, vec![web(&[1, 9, 5])]);
+    there.settle();
+    there.planner = Planner::restore(&there.snapshot());
+    let mut shuffled = all.clone();
+    shuffled.reverse();
+    there.planner.set_service(&name, vec![web(&shuffled)]);
+    there.planner.set_node_addresses([]);
+    there.planner.remove_unclaimed();
+    there.settle();
+
+    let (a, b) = (here.snapshot(), there.snapshot());
+    ensure!(a.backends.v4 != b.backends.v4, "the ids are different ones");
+    let frontend = FrontendAt {
+        address: ip(Family::V4, 0, 9),
+        port: 80,
+        protocol: 6,
+    };
+    let client = |n: u16| SocketAddr::new(ip(Family::V4, 3, (n % 7) as u8), 10_000 + n);
+    let pick = |snapshot: &Snapshot, n| picked(snapshot, frontend, SEED, client(n));
+    let (mut moved, mut kept, mut gone) = (0, 0, 0);
+    here.planner.set_service(&name, vec![web(&all[1..])]);
+    here.settle();
+    let after = here.snapshot();
+    for n in 0..20_000 {
+        let backend = pick(&a, n);
+        ensure!(backend == pick(&b, n), "{}", client(n));
+        if backend.ip() == ip(Family::V4, 1, 1) {
+            gone += 1;
+        } else {
+            kept += 1;
+            moved += u32::from(pick(&after, n) != backend);
+        }
+    }
+    ensure!(
+        (2_000..3_000).contains(&gone),
+        "{gone} of 20,000 were the leaver's"
+    );
+    ensure!(moved * 100 <= kept, "{moved} of {kept} moved");
     Ok(())
 }

@@ -156,6 +156,9 @@ fn policy(service: &ServiceView) -> String {
     if service.external_local {
         parts.push("external: Local".to_owned());
     }
+    if service.maglev {
+        parts.push("maglev".to_owned());
+    }
     if let Some(seconds) = service.affinity_seconds {
         parts.push(format!("affinity {seconds} s"));
     }

@@ -9,14 +9,16 @@ use anyhow::{Context as _, Result, bail};
 use clap::{ArgAction, ValueEnum};
 use ipnet::IpNet;
 use svc_lb_common::config::{self, Config};
+use svc_lb_common::hash::text_hash;
 
 use super::Global;
 use super::args::EdgeArgs;
 use crate::app::{self, Settings};
-use crate::compile::{CompileOptions, OutsideReach};
+use crate::compile::{CompileOptions, MaglevOptions, OutsideReach};
 use crate::dataplane::attach::TcHook;
 use crate::dataplane::sizes::SizeOverride;
 use crate::health::proxy::Bind;
+use crate::model::Algorithm;
 use crate::node::ports::NodePorts;
 use crate::source::Spec;
 use crate::source::stream::Target;
@@ -108,6 +110,8 @@ pub(super) struct Args {
     )]
     external_ips: ExternalIps,
     #[command(flatten)]
+    selection: SelectionArgs,
+    #[command(flatten)]
     health: HealthArgs,
     #[command(flatten)]
     control_plane: ControlPlaneArgs,
@@ -138,6 +142,62 @@ enum ExternalIps {
     Outside,
     /// Nobody.
     Off,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Selection of backends")]
+struct SelectionArgs {
+    /// How new flows find their backend, where a Service has no annotation svc-lb.io/lb-algorithm
+    #[arg(
+        long,
+        value_name = "ALGORITHM",
+        env = "SVC_LB_LB_ALGORITHM",
+        value_enum,
+        default_value_t
+    )]
+    lb_algorithm: LbAlgorithm,
+    /// Any text, the same on every node: with it, all nodes pick the same backend for a flow of a
+    /// Service that uses Maglev. Clients who know it can choose their backend
+    #[arg(
+        long,
+        value_name = "TEXT",
+        env = "SVC_LB_MAGLEV_SEED",
+        hide_env_values = true,
+        default_value = "",
+        hide_default_value = true
+    )]
+    maglev_seed: String,
+    /// The least size of a Maglev table, the same on every node; for more endpoints than a
+    /// hundredth of it, the next one is used. Each Service port has up to two tables of four bytes
+    /// to a slot, in the map slots
+    #[arg(
+        long,
+        value_name = "SLOTS",
+        env = "SVC_LB_MAGLEV_TABLE_SIZE",
+        value_parser = table_size,
+        default_value = "65521"
+    )]
+    maglev_table_size: u16,
+}
+
+/// `--lb-algorithm`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum LbAlgorithm {
+    /// By a hash that differs from node to node.
+    #[default]
+    Random,
+    /// By a table and a hash that all nodes share: a backend that leaves moves hardly any flow of
+    /// another one.
+    Maglev,
+}
+
+impl From<LbAlgorithm> for Algorithm {
+    fn from(algorithm: LbAlgorithm) -> Self {
+        match algorithm {
+            LbAlgorithm::Random => Self::Random,
+            LbAlgorithm::Maglev => Self::Maglev,
+        }
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -226,6 +286,17 @@ struct DataplaneArgs {
     datapath_log: bool,
 }
 
+fn table_size(text: &str) -> Result<u16> {
+    let sizes = MaglevOptions::SIZES;
+    match text.trim().parse() {
+        Ok(size) if sizes.contains(&size) => Ok(size),
+        _ => bail!(
+            "a table has {} slots",
+            sizes.map(|size| size.to_string()).join(", ")
+        ),
+    }
+}
+
 fn period(text: &str) -> Result<Duration> {
     let period = humantime::parse_duration(text)?;
     if period.is_zero() || period > LONGEST_PERIOD {
@@ -268,6 +339,12 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         no_local_endpoint,
         nodeport_addresses,
         external_ips,
+        selection:
+            SelectionArgs {
+                lb_algorithm,
+                maglev_seed,
+                maglev_table_size,
+            },
         health: HealthArgs {
             healthz_bind_address,
             sync_period,
@@ -300,6 +377,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         initial_quiet: stream_initial_quiet.map(Into::into),
     }));
     let mut config = with_service_cidrs(Config::DEFAULT, &service_cidr)?;
+    config.maglev_seed = text_hash(&maglev_seed);
     if no_local_endpoint == NoLocalEndpoint::Reject {
         config.bits |= config::REJECT_NO_LOCAL;
     }
@@ -322,6 +400,11 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
             proxy_name: service_proxy_name,
             outside_reaches: OutsideReach::LocalBackends,
             ignore_external_ips: external_ips == ExternalIps::Off,
+            algorithm: lb_algorithm.into(),
+            maglev: MaglevOptions {
+                seed: config.maglev_seed,
+                slots: maglev_table_size,
+            },
         },
         node_ports: nodeport_addresses,
         pins: global.pins(),
@@ -420,6 +503,22 @@ mod tests {
         assert_eq!(off.config.bits & config::EXTERNAL_IPS_OUTSIDE, 0);
     }
 
+    /// F9, F10: what every node must be told alike.
+    #[test]
+    fn selection_follows_the_command_line() {
+        let plain = parse("svc-lb run --manifests a").unwrap();
+        assert_eq!(plain.compile.algorithm, Algorithm::Random);
+        assert_eq!(plain.compile.maglev.slots, 65_521);
+        let seeded = parse(
+            "svc-lb run --manifests a --lb-algorithm maglev --maglev-seed s3cret --maglev-table-size 4093",
+        )
+        .unwrap();
+        assert_eq!(seeded.compile.algorithm, Algorithm::Maglev);
+        assert_eq!(seeded.compile.maglev.slots, 4_093);
+        assert_eq!(seeded.compile.maglev.seed, seeded.config.maglev_seed);
+        assert_ne!(seeded.config.maglev_seed, plain.config.maglev_seed);
+    }
+
     #[test]
     fn wrong_command_lines_say_what_is_wrong() {
         let error = |line| format!("{:#}", parse(line).unwrap_err());
@@ -434,6 +533,8 @@ mod tests {
         );
         let healthz = "svc-lb run --manifests a --healthz-bind-address 10256";
         assert!(error(healthz).contains("ADDRESS:PORT"));
+        let table = "svc-lb run --manifests a --maglev-table-size 1000";
+        assert!(error(table).contains("1021, 4093, 16381, 65521"));
         let period = "svc-lb run --manifests a --sync-period 0s";
         assert!(error(period).contains("more than nothing"));
         let size = "svc-lb run --manifests a --map-size flows=1";

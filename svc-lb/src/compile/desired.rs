@@ -79,6 +79,26 @@ pub struct Backend {
     pub serving: bool,
     /// On this node.
     pub local: bool,
+    /// Its part of new flows beside the others of its set (SEMANTICS F11). One with 0 is in no set:
+    /// it keeps the flows that it has (SEMANTICS D9).
+    pub weight: u16,
+}
+
+/// How a new flow finds its backend in a set.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Selection {
+    /// By a hash that only this node knows: as good as random (SEMANTICS F8).
+    #[default]
+    Random,
+    /// By a table and a hash that all nodes share (SEMANTICS F9).
+    Maglev {
+        /// The cluster's seed, which is nobody else's business.
+        #[serde(skip)]
+        seed: u64,
+        /// Size of the table, a prime.
+        slots: u16,
+    },
 }
 
 /// What load balancers are told about one Service at its healthCheckNodePort (SEMANTICS G6).
@@ -107,6 +127,8 @@ pub struct DesiredPort {
     /// Some endpoint in the cluster is ready or serving: an empty set then means silence, not
     /// rejection (SEMANTICS 1.1, `hasAny`).
     pub has_any: bool,
+    /// How a backend of a set is picked.
+    pub selection: Selection,
     /// sessionAffinity `ClientIP`, with its timeout in seconds.
     pub affinity_seconds: Option<u32>,
     /// Whom the load balancer's frontends admit, sorted; `None` for everyone, none for nobody.

@@ -14,8 +14,8 @@ use super::{
     notes::{Notes, PortNotes, Reason, TopologyMode},
 };
 use crate::model::{
-    Conditions, Endpoint, EndpointSlice, Hints, NodeFacts, Service, ServicePort, family_of,
-    protocol_name,
+    Annotated, Conditions, Endpoint, EndpointSlice, Hints, NodeFacts, Service, ServicePort,
+    family_of, protocol_name,
 };
 
 /// Which sets the frontends of a port need.
@@ -64,6 +64,12 @@ pub(super) fn usable<'a>(
 /// Says which endpoints and which ports of slices are not used as they stand.
 pub(super) fn note_unused(slices: &[&EndpointSlice], notes: &mut Notes) {
     for slice in slices {
+        if let Annotated::Unreadable(value) = &slice.weight {
+            notes.service(Reason::UnreadableWeight {
+                slice: slice.name.clone(),
+                value: value.clone(),
+            });
+        }
         for port in &slice.ports {
             if port.name.is_none() {
                 notes.service(Reason::UnnamedSlicePort {
@@ -83,6 +89,10 @@ pub(super) fn note_unused(slices: &[&EndpointSlice], notes: &mut Notes) {
                 serving,
                 terminating,
             } = endpoint.conditions;
+            if slice.weight.value() == Some(0) {
+                notes.service(Reason::EndpointQuarantined { ip });
+                continue;
+            }
             if ready {
                 continue;
             }
@@ -112,7 +122,7 @@ pub(super) fn categorize(
             has_any: false,
         };
     }
-    let has_any = candidates.iter().any(|c| c.conditions.ready || c.drains());
+    let has_any = candidates.iter().any(|c| c.ready() || c.drains());
     let in_cluster = Selector::cluster(&candidates, node, usage.cluster);
     let in_local = Selector::local(&candidates, usage.local);
     let backends: Vec<Backend> = candidates
@@ -123,6 +133,7 @@ pub(super) fn categorize(
             in_local: in_local.picks(candidate, node),
             serving: candidate.conditions.serving || candidate.conditions.ready,
             local: candidate.local,
+            weight: candidate.weight,
         })
         .collect();
     if has_any {
@@ -145,7 +156,7 @@ pub(super) fn ready_here(
         .ports
         .iter()
         .flat_map(|port| merge(port, family, slices, node))
-        .filter(|candidate| candidate.local && candidate.conditions.ready)
+        .filter(|candidate| candidate.local && candidate.ready())
         .map(|candidate| candidate.address.ip())
         .collect();
     u32::try_from(ready.len()).unwrap_or(u32::MAX)
@@ -158,11 +169,18 @@ struct Candidate<'a> {
     conditions: Conditions,
     local: bool,
     hints: Option<&'a Hints>,
+    weight: u16,
 }
 
 impl Candidate<'_> {
-    fn new<'a>(endpoint: &'a Endpoint, port: NonZeroU16, node: &NodeFacts) -> Candidate<'a> {
+    fn new<'a>(
+        endpoint: &'a Endpoint,
+        port: NonZeroU16,
+        weight: u16,
+        node: &NodeFacts,
+    ) -> Candidate<'a> {
         Candidate {
+            weight,
             address: SocketAddr::new(endpoint.address, port.get()),
             conditions: endpoint.conditions,
             local: endpoint.node.as_deref() == Some(node.name.as_str()),
@@ -170,15 +188,20 @@ impl Candidate<'_> {
         }
     }
 
+    /// Takes new flows. One in quarantine does not, whatever its condition (SEMANTICS D9).
+    fn ready(&self) -> bool {
+        self.conditions.ready && self.weight > 0
+    }
+
     /// Serves on while it terminates.
     fn drains(&self) -> bool {
-        self.conditions.serving && self.conditions.terminating
+        self.conditions.serving && self.conditions.terminating && self.weight > 0
     }
 
     /// Which of two entries for one address stands: the local one (SEMANTICS A7), then the more
     /// usable one; the first where they are equal.
     fn preference(&self) -> (bool, bool, bool) {
-        (self.local, self.conditions.ready, self.drains())
+        (self.local, self.ready(), self.drains())
     }
 
     fn meant_for_node(&self, node: &NodeFacts) -> bool {
@@ -202,6 +225,7 @@ fn merge<'a>(
 ) -> Vec<Candidate<'a>> {
     let mut merged: BTreeMap<SocketAddr, Candidate<'a>> = BTreeMap::new();
     for slice in slices {
+        let weight = slice.weight.value().unwrap_or(1);
         // The number may differ from slice to slice (SEMANTICS A6).
         let numbers = slice
             .ports
@@ -214,7 +238,7 @@ fn merge<'a>(
                 .iter()
                 .filter(|e| family_of(e.address) == family)
             {
-                let candidate = Candidate::new(endpoint, number, node);
+                let candidate = Candidate::new(endpoint, number, weight, node);
                 match merged.entry(candidate.address) {
                     Entry::Vacant(entry) => {
                         entry.insert(candidate);
@@ -251,7 +275,7 @@ impl Selector {
         if !used {
             return Self::None;
         }
-        if candidates.iter().any(|c| c.conditions.ready) {
+        if candidates.iter().any(Candidate::ready) {
             return Self::Ready(topology_mode(candidates, node));
         }
         Self::Draining
@@ -261,14 +285,14 @@ impl Selector {
         if !used {
             return Self::None;
         }
-        if candidates.iter().any(|c| c.local && c.conditions.ready) {
+        if candidates.iter().any(|c| c.local && c.ready()) {
             return Self::LocalReady;
         }
         Self::LocalDraining
     }
 
     fn picks(self, candidate: &Candidate<'_>, node: &NodeFacts) -> bool {
-        let ready = candidate.conditions.ready;
+        let ready = candidate.ready();
         match self {
             Self::None => false,
             Self::Ready(None) => ready,
@@ -283,7 +307,7 @@ impl Selector {
 
 /// Hints count only where every ready endpoint has them and one names this node (SEMANTICS D5).
 fn topology_mode(candidates: &[Candidate<'_>], node: &NodeFacts) -> Option<TopologyMode> {
-    let ready = || candidates.iter().filter(|c| c.conditions.ready);
+    let ready = || candidates.iter().filter(|c| c.ready());
     if ready().all(|c| c.hints.is_some_and(|h| !h.nodes.is_empty()))
         && ready().any(|c| c.meant_for_node(node))
     {
@@ -305,7 +329,7 @@ fn note_sets(
     usage: Usage,
     notes: &mut PortNotes<'_>,
 ) {
-    let ready = candidates.iter().filter(|c| c.conditions.ready).count();
+    let ready = candidates.iter().filter(|c| c.ready()).count();
     if ready == 0 {
         notes.add(Reason::TerminatingFallback);
     }

@@ -16,11 +16,14 @@ use svc_lb_common::{Family, Protocol};
 pub use self::desired::HealthCheck;
 pub use self::notes::{Note, Reason, TopologyMode};
 use self::{
-    desired::{DesiredPort, PortKey},
+    desired::{DesiredPort, PortKey, Selection},
     endpoints::Usage,
     notes::Notes,
 };
-use crate::model::{EndpointSlice, NodeFacts, Service, ServicePort, ServiceType, TrafficPolicy};
+use crate::model::{
+    Algorithm, Annotated, EndpointSlice, NodeFacts, Service, ServicePort, ServiceType,
+    TrafficPolicy,
+};
 
 /// Which backends clients outside the cluster can be sent to.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
@@ -43,6 +46,42 @@ pub struct CompileOptions {
     pub outside_reaches: OutsideReach,
     /// Nobody is served at `spec.externalIPs`.
     pub ignore_external_ips: bool,
+    /// How flows of Services without an annotation find their backend (SEMANTICS F10).
+    pub algorithm: Algorithm,
+    /// The tables of those that use Maglev.
+    pub maglev: MaglevOptions,
+}
+
+/// Maglev tables, the same on every node of a cluster.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct MaglevOptions {
+    /// Decides the tables together with the endpoints' addresses.
+    pub seed: u64,
+    /// The least size of a table, one of [`MaglevOptions::SIZES`].
+    pub slots: u16,
+}
+
+impl MaglevOptions {
+    /// Sizes of tables: the largest prime below each second power of two. A range has 16 bits.
+    pub const SIZES: [u16; 4] = [1_021, 4_093, 16_381, 65_521];
+    /// Slots for each endpoint that are wanted at least.
+    const SLOTS_FOR_EACH: usize = 100;
+
+    /// The size for this many endpoints. A table of another size is another table altogether, so
+    /// it depends on nothing that changes as lightly as readiness.
+    fn size(self, endpoints: usize) -> u16 {
+        let wanted = endpoints.saturating_mul(Self::SLOTS_FOR_EACH);
+        let [.., largest] = Self::SIZES;
+        let enough = |size: &u16| *size >= self.slots && usize::from(*size) > wanted;
+        Self::SIZES.into_iter().find(enough).unwrap_or(largest)
+    }
+}
+
+impl Default for MaglevOptions {
+    fn default() -> Self {
+        let [.., slots] = Self::SIZES;
+        Self { seed: 0, slots }
+    }
 }
 
 /// What is to be programmed for one Service, and why the rest is not.
@@ -73,6 +112,10 @@ pub fn compile<'a>(
         };
     }
     let mut notes = Notes::default();
+    if let Annotated::Unreadable(value) = &service.algorithm {
+        let value = value.clone();
+        notes.service(Reason::UnknownAlgorithm { value });
+    }
     let slices = endpoints::usable(slices, options, &mut notes);
     let mut ports = Vec::new();
     for family in [Family::V4, Family::V6] {
@@ -164,9 +207,18 @@ fn compile_port(
     }
     let source_ranges = frontends::source_ranges(service, &frontends, family, node);
     let set = endpoints::categorize(port, family, slices, node, usage, &mut notes);
+    let algorithm = service.algorithm.value().unwrap_or(options.algorithm);
+    let selection = match algorithm {
+        Algorithm::Random => Selection::Random,
+        Algorithm::Maglev => Selection::Maglev {
+            seed: options.maglev.seed,
+            slots: options.maglev.size(set.backends.len()),
+        },
+    };
     DesiredPort {
         key,
         frontends,
+        selection,
         backends: set.backends,
         internal_local,
         external_local,

@@ -114,6 +114,23 @@ pub enum Reason {
         /// All ready endpoints.
         ready: usize,
     },
+    /// Annotation svc-lb.io/lb-algorithm names none (SEMANTICS F10).
+    UnknownAlgorithm {
+        /// What it says.
+        value: String,
+    },
+    /// Annotation svc-lb.io/weight is no weight (SEMANTICS F11).
+    UnreadableWeight {
+        /// The slice.
+        slice: ObjectName,
+        /// What it says.
+        value: String,
+    },
+    /// An endpoint has weight 0 (SEMANTICS D9).
+    EndpointQuarantined {
+        /// Its address.
+        ip: IpAddr,
+    },
     /// An endpoint is neither ready nor terminating.
     EndpointNotReady {
         /// Its address.
@@ -128,6 +145,7 @@ pub enum Reason {
     },
 }
 
+#[expect(clippy::too_many_lines, reason = "one sentence after the other")]
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -213,6 +231,18 @@ impl fmt::Display for Reason {
                     f,
                     "topology hints keep {used} of {ready} ready endpoints for this {what}"
                 )
+            }
+            Self::UnknownAlgorithm { value } => write!(
+                f,
+                "annotation svc-lb.io/lb-algorithm is {value:?} and is ignored: write random or maglev"
+            ),
+            Self::UnreadableWeight { slice, value } => write!(
+                f,
+                "annotation svc-lb.io/weight of slice {slice} is {value:?} and is ignored: write a \
+                 number from 0 to 65535"
+            ),
+            Self::EndpointQuarantined { ip } => {
+                write!(f, "endpoint {ip} takes no new flows: its weight is 0")
             }
             Self::EndpointNotReady { ip } => write!(f, "endpoint {ip} is not ready"),
             Self::EndpointTerminating { ip, serving: true } => {

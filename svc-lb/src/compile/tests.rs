@@ -6,12 +6,12 @@ use proptest::prelude::*;
 use svc_lb_common::{Family, Protocol};
 
 use super::{
-    CompileOptions, Compiled, OutsideReach, Reason, TopologyMode, compile,
-    desired::{DesiredPort, Frontend, FrontendAddress, FrontendKind},
+    CompileOptions, Compiled, MaglevOptions, OutsideReach, Reason, TopologyMode, compile,
+    desired::{DesiredPort, Frontend, FrontendAddress, FrontendKind, Selection},
 };
 use crate::model::{
-    Conditions, Endpoint, EndpointSlice, Hints, IpMode, LoadBalancerIngress, NodeFacts, Service,
-    ServiceType, TrafficPolicy,
+    Algorithm, Annotated, Conditions, Endpoint, EndpointSlice, Hints, IpMode, LoadBalancerIngress,
+    NodeFacts, Service, ServiceType, TrafficPolicy,
     build::{endpoint, endpoint_port, ip, port, service, service_port, slice},
 };
 
@@ -544,6 +544,172 @@ fn g6_d3_health_check_counts_local_ready_addresses() {
     web.health_check_node_port = None;
     assert_eq!(count(&web, &slices), None);
     assert!(reasons(&compiled(&web, &slices)).contains(&Reason::NoHealthCheckNodePort));
+}
+
+/// SEMANTICS F10: the annotation decides, the setting where there is none; live.
+#[test]
+fn f10_algorithm() {
+    let slices = [slice(
+        "web-1",
+        "web",
+        vec![endpoint("10.244.1.5", "node-a")],
+    )];
+    let maglev = MaglevOptions {
+        seed: 9,
+        slots: 4_093,
+    };
+    let with = |algorithm| CompileOptions {
+        algorithm,
+        maglev,
+        ..Default::default()
+    };
+    let table = Selection::Maglev {
+        seed: 9,
+        slots: 4_093,
+    };
+    let mut web = service("web", &["10.96.0.10"]);
+    for (annotation, setting, expected) in [
+        (Annotated::Absent, Algorithm::Random, Selection::Random),
+        (Annotated::Absent, Algorithm::Maglev, table),
+        (
+            Annotated::Value(Algorithm::Maglev),
+            Algorithm::Random,
+            table,
+        ),
+        (
+            Annotated::Value(Algorithm::Random),
+            Algorithm::Maglev,
+            Selection::Random,
+        ),
+        (
+            Annotated::Unreadable("magleff".to_owned()),
+            Algorithm::Maglev,
+            table,
+        ),
+    ] {
+        let unreadable = matches!(annotation, Annotated::Unreadable(_));
+        web.algorithm = annotation;
+        let compiled = compile(&web, &slices, &node(), &with(setting));
+        assert_eq!(compiled.ports[0].selection, expected);
+        let value = "magleff".to_owned();
+        let said = reasons(&compiled).contains(&Reason::UnknownAlgorithm { value });
+        assert_eq!(said, unreadable);
+    }
+}
+
+/// SEMANTICS F9: tables have more than a hundred slots for each endpoint, ready or not, while a
+/// range can hold them, and the size of the setting at least.
+#[test]
+fn f9_table_sizes() {
+    let options = |slots| CompileOptions {
+        algorithm: Algorithm::Maglev,
+        maglev: MaglevOptions { seed: 0, slots },
+        ..Default::default()
+    };
+    for (least, endpoints, expected) in [
+        (1_021, 1, 1_021),
+        (1_021, 10, 1_021),
+        (1_021, 11, 4_093),
+        (1_021, 40, 4_093),
+        (4_093, 41, 16_381),
+        (16_381, 164, 65_521),
+        (65_521, 2, 65_521),
+        (1_021, 700, 65_521),
+    ] {
+        let address = |n: u16| format!("10.244.{}.{}", n / 250, n % 250 + 1);
+        let all = (0..endpoints).map(|n| {
+            let conditions = if n % 2 == 0 {
+                Conditions::READY
+            } else {
+                NOT_READY
+            };
+            with(&address(n), "node-a", conditions)
+        });
+        let slices = [slice("web-1", "web", all.collect())];
+        let web = service("web", &["10.96.0.10"]);
+        let compiled = compile(&web, &slices, &node(), &options(least));
+        let Selection::Maglev { slots, .. } = compiled.ports[0].selection else {
+            panic!("{endpoints} endpoints");
+        };
+        assert_eq!(slots, expected, "{endpoints} endpoints");
+    }
+}
+
+/// SEMANTICS D9, F11: an endpoint's weight is its slice's; with 0 it serves what it has and nothing
+/// new, as if it were not there.
+#[test]
+fn d9_f11_weights() {
+    let weighted = |name, weight, endpoints| EndpointSlice {
+        weight,
+        ..slice(name, "web", endpoints)
+    };
+    let mut slices = vec![
+        weighted(
+            "web-1",
+            Annotated::Value(3),
+            vec![endpoint("10.244.1.5", "node-a")],
+        ),
+        weighted(
+            "web-2",
+            Annotated::Value(0),
+            vec![
+                endpoint("10.244.1.6", "node-a"),
+                with("10.244.1.7", "node-a", DRAINING),
+            ],
+        ),
+        weighted(
+            "web-3",
+            Annotated::Unreadable("heavy".to_owned()),
+            vec![endpoint("10.244.2.5", "node-b")],
+        ),
+    ];
+    let mut web = service("web", &["10.96.0.10"]);
+    web.internal_policy = TrafficPolicy::Local;
+    web.external_ips = vec![ip("192.0.2.9")];
+    let both = compiled(&web, &slices);
+    let weights = |compiled: &Compiled| -> Vec<(u16, bool, bool)> {
+        let backends = compiled.ports[0].backends.iter();
+        backends
+            .map(|b| (b.weight, b.in_cluster || b.in_local, b.serving))
+            .collect()
+    };
+    assert_eq!(
+        weights(&both),
+        [
+            (3, true, true),
+            (0, false, true),
+            (0, false, true),
+            (1, true, true)
+        ]
+    );
+    assert!(reasons(&both).contains(&Reason::EndpointQuarantined {
+        ip: ip("10.244.1.6")
+    }));
+    assert!(reasons(&both).contains(&Reason::UnreadableWeight {
+        slice: slices[2].name.clone(),
+        value: "heavy".to_owned(),
+    }));
+
+    // The only one of this node in quarantine: others have some, so silence.
+    slices.remove(0);
+    let elsewhere = compiled(&web, &slices);
+    assert_eq!(sets(&elsewhere.ports[0]).1, [""; 0]);
+    assert!(elsewhere.ports[0].has_any);
+    // All in quarantine: nobody.
+    slices.pop();
+    let nobody = compiled(&web, &slices);
+    assert!(!nobody.ports[0].has_any);
+    assert_eq!(weights(&nobody), [(0, false, true), (0, false, true)]);
+    // An address of two slices is used where one of them says so.
+    slices.push(weighted(
+        "web-9",
+        Annotated::Absent,
+        vec![endpoint("10.244.1.6", "node-a")],
+    ));
+    assert_eq!(
+        sets(&compiled(&web, &slices).ports[0]).1,
+        ["10.244.1.6:8080"]
+    );
 }
 
 /// SEMANTICS A13: an unready endpoint published as ready is used, and keeps its UDP flows.

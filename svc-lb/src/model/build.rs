@@ -5,8 +5,8 @@ use std::{net::IpAddr, num::NonZeroU16, sync::Arc};
 use svc_lb_common::{Family, Protocol};
 
 use super::{
-    Conditions, ContainerPort, Endpoint, EndpointPort, EndpointSlice, Labels, Object, ObjectName,
-    Pod, Service, ServicePort, ServiceType, TargetPort, TrafficPolicy, family_of,
+    Annotated, Conditions, ContainerPort, Endpoint, EndpointPort, EndpointSlice, Labels, Object,
+    ObjectName, Pod, Service, ServicePort, ServiceType, TargetPort, TrafficPolicy, family_of,
 };
 
 /// `default/name`.
@@ -38,6 +38,7 @@ pub(crate) fn service(name: &str, cluster_ips: &[&str]) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         affinity_seconds: None,
+        algorithm: Annotated::Absent,
         health_check_node_port: None,
         source_ranges: Vec::new(),
         proxy_name: None,
@@ -73,6 +74,7 @@ pub(crate) fn slice(name: &str, service: &str, endpoints: Vec<Endpoint>) -> Endp
         ),
         headless: false,
         proxy_name: None,
+        weight: Annotated::Absent,
         ports: vec![endpoint_port("", Protocol::Tcp, 8080)],
         endpoints,
     }

@@ -20,9 +20,9 @@ pub use change::{Batch, Change, Edit, Kind, Object, ObjectKey, SourceId};
 pub use intake::Intake;
 pub use labels::Labels;
 pub use object::{
-    Conditions, ContainerPort, Endpoint, EndpointAddress, EndpointPort, EndpointSlice,
-    EndpointSubset, Endpoints, Hints, IpFamilyPolicy, IpMode, LoadBalancerIngress, Node, NodeFacts,
-    ObjectName, Pod, Service, ServicePort, ServiceType, TargetPort, TrafficPolicy, family_name,
-    family_of, protocol_name,
+    Algorithm, Annotated, Conditions, ContainerPort, Endpoint, EndpointAddress, EndpointPort,
+    EndpointSlice, EndpointSubset, Endpoints, Hints, IpFamilyPolicy, IpMode, LoadBalancerIngress,
+    Node, NodeFacts, ObjectName, Pod, Service, ServicePort, ServiceType, TargetPort, TrafficPolicy,
+    family_name, family_of, protocol_name,
 };
 pub use store::Model;

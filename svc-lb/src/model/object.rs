@@ -143,6 +143,39 @@ pub enum IpFamilyPolicy {
     RequireDualStack,
 }
 
+/// What an annotation of ours says.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum Annotated<T> {
+    /// Nothing: it is not there.
+    #[default]
+    Absent,
+    /// This.
+    Value(T),
+    /// Something that cannot be read. The object is used without it.
+    Unreadable(String),
+}
+
+impl<T: Copy> Annotated<T> {
+    /// What it says, if it says something.
+    #[must_use]
+    pub const fn value(&self) -> Option<T> {
+        match self {
+            Self::Value(value) => Some(*value),
+            Self::Absent | Self::Unreadable(_) => None,
+        }
+    }
+}
+
+/// How a new flow finds its backend (SEMANTICS F10).
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Algorithm {
+    /// By a hash that differs from node to node.
+    #[default]
+    Random,
+    /// By a table and a hash that all nodes share.
+    Maglev,
+}
+
 /// A v1 Service.
 #[derive(Clone, Debug, Eq, PartialEq)]
 #[expect(
@@ -172,6 +205,8 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// sessionAffinity `ClientIP`, with its timeout in seconds.
     pub affinity_seconds: Option<u32>,
+    /// Annotation `svc-lb.io/lb-algorithm`.
+    pub algorithm: Annotated<Algorithm>,
     /// `spec.healthCheckNodePort`.
     pub health_check_node_port: Option<NonZeroU16>,
     /// `spec.loadBalancerSourceRanges`.
@@ -258,6 +293,9 @@ pub struct EndpointSlice {
     pub headless: bool,
     /// Label `service.kubernetes.io/service-proxy-name` (SEMANTICS A4).
     pub proxy_name: Option<String>,
+    /// Annotation `svc-lb.io/weight`: the part of new flows that each of its endpoints gets beside
+    /// those of other slices; 0 for no new flows (SEMANTICS F11, D9).
+    pub weight: Annotated<u16>,
     /// Ports that every endpoint of the slice has.
     pub ports: Vec<EndpointPort>,
     /// The endpoints.

@@ -8,7 +8,7 @@ use svc_lb_common::backend::{IN_CLUSTER, IN_LOCAL, LOCAL, SERVING};
 use svc_lb_common::service::{Range, SLOTS_PER_WORD, Service, flag};
 
 use super::phases::{Draft, Op, Phase, Set, gone, service_words};
-use crate::compile::desired::{Backend, DesiredPort, PortKey};
+use crate::compile::desired::{Backend, DesiredPort, PortKey, Selection};
 use crate::dataplane::{BackendRecord, ServiceWord};
 
 /// What is known about a backend's element.
@@ -208,18 +208,10 @@ pub(super) fn options_of(desired: &DesiredPort) -> u64 {
     let flags = bit(desired.internal_local, flag::INTERNAL_LOCAL)
         | bit(desired.external_local, flag::EXTERNAL_LOCAL)
         | bit(desired.has_any, flag::HAS_ANY)
-        | bit(desired.source_ranges.is_some(), flag::SOURCE_RANGES);
+        | bit(desired.source_ranges.is_some(), flag::SOURCE_RANGES)
+        | bit(desired.selection != Selection::Random, flag::MAGLEV);
     let seconds = desired.affinity_seconds.unwrap_or(0);
     Service::new(Range(0), Range(0), flags, seconds).options
-}
-
-/// Which ids a set's slots hold, given its members by address.
-///
-/// A pure function of the members, so the same set gives the same table everywhere, whatever
-/// happened before. Members keep their order when one leaves, so a hash that picks by scaling moves
-/// to a neighbour at most. With weights, a member will take several slots here.
-pub(super) fn slots_of(members: impl Iterator<Item = u32>) -> Vec<u32> {
-    members.collect()
 }
 
 impl Port {

@@ -17,6 +17,7 @@ mod ids;
 mod phases;
 mod refusal;
 mod restore;
+mod slots;
 mod source_ranges;
 pub mod view;
 
@@ -36,13 +37,14 @@ pub use self::phases::{ApplyError, Batch, Op, Phase, Plan, Set, execute};
 pub use self::refusal::{Refusal, Table};
 pub use self::restore::Damage;
 
-use self::delta::{Element, Held, Port, clear_options, footprint, set_of, slots_of};
+use self::delta::{Element, Held, Port, clear_options, footprint, set_of};
 use self::frontends::{Difference, Frontends};
 use self::guard::Guard;
 use self::ids::{IdPool, RunPool};
 use self::phases::Draft;
 use self::refusal::Shortage;
 use self::restore::Restored;
+use self::slots::{Member, slots_of};
 use self::source_ranges::SourceRanges;
 use crate::compile::desired::{DesiredPort, Frontend, FrontendAddress, FrontendKind, PortKey};
 use crate::dataplane::{
@@ -640,7 +642,16 @@ impl Planner {
                 Set::Cluster => backend.in_cluster,
                 Set::Local => backend.in_local,
             });
-            slots_of(members.filter_map(|backend| id_of(backend.address)))
+            let members: Vec<Member> = members
+                .filter_map(|backend| {
+                    Some(Member {
+                        address: backend.address,
+                        weight: backend.weight,
+                        id: id_of(backend.address)?,
+                    })
+                })
+                .collect();
+            slots_of(&members, desired.selection)
         });
         let needs = |set: Set, ids: &[u32]| match port {
             Some(port) => port.set(set).needs_room(ids),

@@ -12,7 +12,7 @@ use svc_lb_common::service::flag;
 use super::frontends::rank;
 use super::view::Tables;
 use super::*;
-use crate::compile::desired::Backend;
+use crate::compile::desired::{Backend, Selection};
 use crate::dataplane::Snapshot;
 use crate::dataplane::faulty::Faulty;
 use crate::dataplane::memory::Memory;
@@ -24,7 +24,7 @@ fn sizes() -> Sizes {
         guard_words: 1 << 10,
         frontends: PerFamily { v4: 128, v6: 128 },
         services: 64,
-        slots: 512,
+        slots: 2_048,
         backends: PerFamily { v4: 256, v6: 256 },
         source_ranges: PerFamily { v4: 64, v6: 64 },
     }
@@ -109,6 +109,7 @@ fn backend(family: Family, host: u8) -> Backend {
         in_local: false,
         serving: true,
         local: false,
+        weight: 1,
     }
 }
 
@@ -124,6 +125,7 @@ fn port(service: u8, hosts: &[u8]) -> DesiredPort {
         internal_local: false,
         external_local: false,
         has_any: !hosts.is_empty(),
+        selection: Selection::Random,
         affinity_seconds: None,
         source_ranges: None,
         key,
@@ -448,12 +450,20 @@ fn check_tables(wanted: &Wanted, nodes: &BTreeSet<IpAddr>, planner: &Planner, me
                 in_local: view.in_local,
                 serving: view.serving,
                 local: view.local,
+                // What it comes to is seen in the slots.
+                weight: port
+                    .backends
+                    .iter()
+                    .find(|backend| backend.address == view.address)
+                    .map_or(0, |backend| backend.weight),
             })
             .collect();
         assert_eq!(bits, port.backends, "{key:?}");
         assert_eq!(service.internal_local, port.internal_local);
         assert_eq!(service.external_local, port.external_local);
         assert_eq!(service.has_any, port.has_any);
+        let maglev = port.selection != Selection::Random;
+        assert_eq!(service.maglev, maglev);
         assert_eq!(service.affinity_seconds, port.affinity_seconds);
         assert_eq!(service.source_ranges, port.source_ranges, "{key:?}");
         seen.insert(service.index, key);
@@ -585,13 +595,15 @@ enum Action {
 }
 
 fn any_backends(family: Family) -> impl Strategy<Value = Vec<Backend>> {
-    let one = (0..6u8, any::<[bool; 4]>()).prop_map(move |(host, bits)| {
+    let weight = select(vec![1, 1, 1, 2, 3]);
+    let one = (0..6u8, any::<[bool; 4]>(), weight).prop_map(move |(host, bits, weight)| {
         let [in_cluster, in_local, serving, local] = bits;
         Backend {
             in_cluster,
             in_local,
             serving,
             local,
+            weight,
             ..backend(family, host)
         }
     });
@@ -612,6 +624,17 @@ fn any_ranges(family: Family) -> impl Strategy<Value = Option<Vec<IpNet>>> {
     proptest::option::of(nets)
 }
 
+/// Tables that are small, but hold every backend there is.
+fn any_selection() -> impl Strategy<Value = Selection> {
+    let maglev = |slots| Selection::Maglev { seed: 7, slots };
+    select(vec![
+        Selection::Random,
+        Selection::Random,
+        maglev(7),
+        maglev(13),
+    ])
+}
+
 fn any_port(service: u8, port: &'static str, family: Family) -> impl Strategy<Value = DesiredPort> {
     let key = key(service, port, family);
     let extras = proptest::collection::btree_set(0..7u8, 0..3);
@@ -621,9 +644,10 @@ fn any_port(service: u8, port: &'static str, family: Family) -> impl Strategy<Va
         any::<[bool; 3]>(),
         select(vec![None, Some(10), Some(10_800)]),
         any_ranges(family),
+        any_selection(),
     )
         .prop_map(
-            move |(backends, extras, bits, affinity_seconds, source_ranges)| {
+            move |(backends, extras, bits, affinity_seconds, source_ranges, selection)| {
                 let [internal_local, external_local, has_any] = bits;
                 let mut frontends = vec![cluster_ip(&key, service + 1)];
                 frontends.extend(extras.into_iter().map(|extra| match extra {
@@ -640,6 +664,7 @@ fn any_port(service: u8, port: &'static str, family: Family) -> impl Strategy<Va
                     internal_local,
                     external_local,
                     has_any,
+                    selection,
                     affinity_seconds,
                     source_ranges,
                 }

@@ -25,6 +25,10 @@ pub struct Tables {
 }
 
 /// One service port of one family.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is one independent flag of a service"
+)]
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ServiceView {
     /// Index in the map.
@@ -41,6 +45,8 @@ pub struct ServiceView {
     pub external_local: bool,
     /// An empty set means silence, not rejection.
     pub has_any: bool,
+    /// Every node picks the same backend for the same tuple.
+    pub maglev: bool,
     /// ClientIP affinity, seconds.
     pub affinity_seconds: Option<u32>,
     /// Whom load balancer frontends admit, sorted; `None` for everyone.
@@ -161,6 +167,7 @@ fn entry<'a>(
         internal_local: false,
         external_local: false,
         has_any: false,
+        maglev: false,
         affinity_seconds: None,
         source_ranges: None,
         cluster: Vec::new(),
@@ -175,6 +182,7 @@ impl ServiceView {
         self.internal_local = flags & flag::INTERNAL_LOCAL != 0;
         self.external_local = flags & flag::EXTERNAL_LOCAL != 0;
         self.has_any = flags & flag::HAS_ANY != 0;
+        self.maglev = flags & flag::MAGLEV != 0;
         let seconds = words.affinity_seconds();
         self.affinity_seconds = (seconds != 0).then_some(seconds);
         self.source_ranges =

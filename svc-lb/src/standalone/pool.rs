@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
-use svc_lb_common::hash::mix;
+use svc_lb_common::hash::text_hash;
 
 use crate::model::ObjectName;
 
@@ -129,7 +129,7 @@ impl Pool {
         }
         let band = low_band(size);
         let upper = size - band;
-        let start = band + u128::from(hash(seed)).checked_rem(upper)?;
+        let start = band + u128::from(text_hash(seed)).checked_rem(upper)?;
         let mut offsets = (start..size).chain(band..start).chain(0..band);
         let value = offsets.find_map(|offset| self.nth(offset).filter(|v| self.is_free(*v)))?;
         self.dynamic.insert(value, owner.clone());
@@ -179,14 +179,6 @@ impl Pool {
 fn low_band(size: u128) -> u128 {
     let band = (size / 16).clamp(16, 256);
     if band < size { band } else { 0 }
-}
-
-/// FNV-1a, mixed: the same on every machine and in every version.
-fn hash(text: &str) -> u64 {
-    let fnv = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
-    mix(fnv)
 }
 
 /// An address as a number; those of different families never share a pool.

@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, num::NonZeroU16};
 use svc_lb_common::{Family, Protocol};
 
 use crate::model::{
-    Conditions, Endpoint, EndpointPort, EndpointSlice, EndpointSubset, Endpoints, ObjectName, Pod,
-    Service, ServicePort, TargetPort, family_name, family_of,
+    Annotated, Conditions, Endpoint, EndpointPort, EndpointSlice, EndpointSubset, Endpoints,
+    ObjectName, Pod, Service, ServicePort, TargetPort, family_name, family_of,
 };
 
 /// Slices for the Pods that a Service selects: one for each family and set of port numbers.
@@ -121,6 +121,7 @@ fn slice(
         family: Some(family),
         headless: false,
         proxy_name: service.proxy_name.clone(),
+        weight: Annotated::Absent,
         ports,
         endpoints,
     }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use fastrand::Rng;
 use ipnet::IpNet;
-use svc_lb::compile::desired::{Backend, DesiredPort, FrontendKind};
+use svc_lb::compile::desired::{Backend, DesiredPort, FrontendKind, Selection};
 use svc_lb_common::config::{
     Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, OUTSIDE_LOCAL, REJECT_NO_LOCAL,
     REJECT_UNDEFINED_PORT,
@@ -77,6 +77,7 @@ pub fn setup(rng: &mut Rng) -> Setup {
     let mut config = Config {
         bits,
         seed: rng.u64(..),
+        maglev_seed: rng.u64(..),
         snat_first: 61_000,
         snat_last: 61_000 + rng.u16(..5),
         ..plain.config
@@ -132,6 +133,10 @@ pub fn service(rng: &mut Rng, number: usize) -> Option<DesiredPort> {
     described.internal_local = rng.u8(..4) == 0;
     described.external_local = rng.u8(..3) == 0;
     described.affinity_seconds = (rng.u8(..3) == 0).then_some(10);
+    if rng.u8(..3) == 0 {
+        // The seed of the table is no part of what the programs know.
+        described.selection = Selection::Maglev { seed: 7, slots: 13 };
+    }
     described.source_ranges = (rng.u8(..3) == 0).then(|| ranges(rng, family));
     let all_at_once = rng.u8(..6) == 0;
     for host in 0..8 {
@@ -147,6 +152,7 @@ pub fn service(rng: &mut Rng, number: usize) -> Option<DesiredPort> {
             in_local: serving && local,
             serving,
             local,
+            weight: rng.u16(1..4),
         });
     }
     described.has_any = !described.backends.is_empty() || rng.u8(..4) == 0;

@@ -827,12 +827,18 @@ impl Reference {
                 return Ok(Some((pin.backend, *record)));
             }
         }
-        let hash = if affine {
-            let only_client = SocketAddr::new(client.ip(), 0);
-            let seed = self.config.seed ^ u64::from(index);
-            hash(seed, only_client, only_client, 0)
-        } else {
-            hash(self.config.seed, client, tuple.destination, tuple.protocol)
+        // With Maglev nothing decides that only this node knows.
+        let maglev = flags & flag::MAGLEV != 0;
+        let (node_seed, cluster_seed) = (self.config.seed, self.config.maglev_seed);
+        let hash = match (affine, maglev) {
+            (true, _) => {
+                let only_client = SocketAddr::new(client.ip(), 0);
+                let of_service = node_seed ^ u64::from(index);
+                let seed = if maglev { cluster_seed } else { of_service };
+                hash(seed, only_client, only_client, 0)
+            }
+            (false, true) => hash(cluster_seed, client, tuple.destination, tuple.protocol),
+            (false, false) => hash(node_seed, client, tuple.destination, tuple.protocol),
         };
         let position = range.start() + scale(hash, range.length());
         let id = self

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use svc_lb::compile::desired::{
-    Backend, DesiredPort, Frontend, FrontendAddress, FrontendKind, PortKey,
+    Backend, DesiredPort, Frontend, FrontendAddress, FrontendKind, PortKey, Selection,
 };
 use svc_lb_common::{Family, Protocol};
 
@@ -25,6 +25,7 @@ pub fn port(service: &str, protocol: Protocol, family: Family) -> DesiredPort {
         internal_local: false,
         external_local: false,
         has_any: false,
+        selection: Selection::Random,
         affinity_seconds: None,
         source_ranges: None,
     }
@@ -101,6 +102,7 @@ pub const fn ready(address: SocketAddr, local: bool) -> Backend {
         in_local: local,
         serving: true,
         local,
+        weight: 1,
     }
 }
 

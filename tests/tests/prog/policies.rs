@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 
-use svc_lb::compile::desired::{DesiredPort, FrontendKind};
+use svc_lb::compile::desired::{DesiredPort, FrontendKind, Selection};
 use svc_lb_common::Protocol;
 use svc_lb_common::config::{Config, OUTSIDE_LOCAL, REJECT_NO_LOCAL};
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_tests::prog::rig::Setup;
-use svc_lb_tests::prog::tables::Describe as _;
+use svc_lb_tests::prog::tables::{Describe as _, port};
 use svc_lb_tests::prog::{Frame, Verdict};
 
 use crate::bench::*;
@@ -229,4 +229,71 @@ fn affinity_holds_a_client() {
         bench.rig.change_pins(|pin| pin.seen -= idle + 1);
         assert_eq!(connect(bench, 1_300, w.vip), first, "the pin is too old");
     });
+}
+
+/// Which of nine backends a client's ports get, on a node with this seed of its own that has programmed `before` other
+/// services first.
+fn picks(node: u64, before: usize, affinity_seconds: Option<u32>) -> Vec<SocketAddr> {
+    let setup = Setup::default();
+    let setup = Setup {
+        config: Config {
+            seed: node,
+            maglev_seed: 0xc105,
+            ..setup.config
+        },
+        ..setup
+    };
+    let mut picks = Vec::new();
+    with_setup(&setup, |bench| {
+        for family in FAMILIES {
+            let w = world(family);
+            for n in 0..before {
+                let name = format!("other-{n}-{family}");
+                bench.rig.set(
+                    &name,
+                    vec![port(&name, Protocol::Tcp, family).backends(&[w.local])],
+                );
+            }
+            let backends: Vec<_> = (1..=9).map(|n| at_port(w.remote, 8_000 + n)).collect();
+            bench.rig.set(
+                &format!("web-{family}"),
+                vec![DesiredPort {
+                    affinity_seconds,
+                    selection: Selection::Maglev {
+                        seed: 7,
+                        slots: 211,
+                    },
+                    ..w.port(Protocol::Tcp)
+                        .frontend(FrontendKind::ExternalIp, w.external)
+                        .backends(&backends)
+                }],
+            );
+            for n in 0..64 {
+                let host = SocketAddr::new(w.client.ip(), 20_000 + n);
+                for frontend in [w.vip, w.external] {
+                    let syn = Frame::tcp(host, frontend, SYN);
+                    picks.push(bench.pod_sends(&syn).parsed().destination);
+                }
+            }
+        }
+    });
+    picks
+}
+
+/// With Maglev every node picks the same backend for a tuple, whatever its own seed, its ids and its services' indexes are;
+/// with ClientIP affinity the client alone decides (SEMANTICS F5, F9).
+#[test]
+fn maglev_is_the_same_on_every_node() {
+    let here = picks(1, 0, None);
+    assert_eq!(here, picks(2, 3, None));
+    let different: BTreeSet<_> = here.iter().collect();
+    // Nobody runs anything without root.
+    assert!(here.is_empty() || different.len() >= 14, "{different:?}");
+
+    let sticky = picks(1, 0, Some(10));
+    assert_eq!(sticky, picks(2, 3, Some(10)));
+    for of_family in sticky.chunks(128) {
+        let one: BTreeSet<_> = of_family.iter().collect();
+        assert_eq!(one.len(), 1, "one client, one backend: {one:?}");
+    }
 }

@@ -14,15 +14,17 @@ use serde::{Deserialize, Deserializer};
 use svc_lb_common::{Family, Protocol};
 
 use crate::model::{
-    Conditions, ContainerPort, Endpoint, EndpointAddress, EndpointPort, EndpointSlice,
-    EndpointSubset, Endpoints, Hints, IpFamilyPolicy, IpMode, Kind, LoadBalancerIngress, Node,
-    Object, ObjectName, Pod, Service, ServicePort, ServiceType, TargetPort, TrafficPolicy,
-    family_of, protocol_name,
+    Algorithm, Annotated, Conditions, ContainerPort, Endpoint, EndpointAddress, EndpointPort,
+    EndpointSlice, EndpointSubset, Endpoints, Hints, IpFamilyPolicy, IpMode, Kind,
+    LoadBalancerIngress, Node, Object, ObjectName, Pod, Service, ServicePort, ServiceType,
+    TargetPort, TrafficPolicy, family_of, protocol_name,
 };
 
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const HEADLESS: &str = "service.kubernetes.io/headless";
+const LB_ALGORITHM: &str = "svc-lb.io/lb-algorithm";
+const WEIGHT: &str = "svc-lb.io/weight";
 const SKIP_MIRROR: &str = "endpointslice.kubernetes.io/skip-mirror";
 const ZONE: &str = "topology.kubernetes.io/zone";
 /// The cluster autoscaler's, on a node that it is about to take away.
@@ -91,6 +93,11 @@ pub fn service(object: &core::Service) -> Result<Service> {
         )?,
         external_policy,
         affinity_seconds: affinity(spec)?,
+        algorithm: annotated(&object.metadata, LB_ALGORITHM, |text| match text {
+            "random" => Some(Algorithm::Random),
+            "maglev" => Some(Algorithm::Maglev),
+            _ => None,
+        }),
         health_check_node_port: optional_port(
             "spec.healthCheckNodePort",
             spec.health_check_node_port,
@@ -139,6 +146,7 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<EndpointSlice
         family,
         headless: label(&object.metadata, HEADLESS).is_some(),
         proxy_name: label(&object.metadata, SERVICE_PROXY_NAME),
+        weight: annotated(&object.metadata, WEIGHT, |text| text.parse().ok()),
         ports,
         endpoints,
     })
@@ -245,6 +253,19 @@ fn namespaced(metadata: &ObjectMeta) -> Result<ObjectName> {
 
 fn label(metadata: &ObjectMeta, key: &str) -> Option<String> {
     metadata.labels.as_ref()?.get(key).cloned()
+}
+
+/// Annotations do not belong to the API: a wrong one is no reason to leave the object out.
+fn annotated<T>(
+    metadata: &ObjectMeta,
+    key: &str,
+    parse: impl FnOnce(&str) -> Option<T>,
+) -> Annotated<T> {
+    let text = metadata.annotations.as_ref().and_then(|all| all.get(key));
+    let Some(text) = text.map(|text| text.trim()) else {
+        return Annotated::Absent;
+    };
+    parse(text).map_or_else(|| Annotated::Unreadable(text.to_owned()), Annotated::Value)
 }
 
 fn node_name(name: Option<&str>) -> Option<Arc<str>> {

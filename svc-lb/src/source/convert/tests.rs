@@ -5,8 +5,8 @@ use svc_lb_common::{Family, Protocol};
 
 use super::{Author, Failure, Meaning, meaning, object};
 use crate::model::{
-    Conditions, ContainerPort, EndpointSlice, Endpoints, IpMode, Kind, Object, Pod, Service,
-    ServiceType, TargetPort, TrafficPolicy,
+    Algorithm, Annotated, Conditions, ContainerPort, EndpointSlice, Endpoints, IpMode, Kind,
+    Object, Pod, Service, ServiceType, TargetPort, TrafficPolicy,
     build::{ip, port},
 };
 
@@ -514,4 +514,48 @@ fn node_addresses() {
     assert_eq!(addresses(json!(null)), Ok(String::new()));
     let error = addresses(json!([entry("Hostname", "a"), entry("InternalIP", "a")])).unwrap_err();
     assert!(error.contains("status.addresses[1].address"), "{error}");
+}
+
+/// SEMANTICS F10, F11: annotations of ours, read where they can be.
+#[test]
+fn annotations() {
+    let algorithm = |annotations: Value| {
+        let value = json!({
+            "metadata": {"name": "web", "annotations": annotations},
+            "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]},
+        });
+        match read(Kind::Service, value) {
+            Ok(Object::Service(service)) => service.algorithm.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(algorithm(json!({"other": "maglev"})), Annotated::Absent);
+    let key = "svc-lb.io/lb-algorithm";
+    assert_eq!(
+        algorithm(json!({key: "maglev"})),
+        Annotated::Value(Algorithm::Maglev)
+    );
+    assert_eq!(
+        algorithm(json!({key: " random"})),
+        Annotated::Value(Algorithm::Random)
+    );
+    assert_eq!(
+        algorithm(json!({key: "Maglev"})),
+        Annotated::Unreadable("Maglev".to_owned())
+    );
+
+    let weight = |text: &str| {
+        let metadata = json!({
+            "name": "web-1",
+            "labels": {"kubernetes.io/service-name": "web"},
+            "annotations": {"svc-lb.io/weight": text},
+        });
+        slice(&json!({"metadata": metadata})).weight
+    };
+    assert_eq!(weight("0"), Annotated::Value(0));
+    assert_eq!(weight("65535"), Annotated::Value(65_535));
+    for wrong in ["65536", "-1", "1.5", ""] {
+        assert_eq!(weight(wrong), Annotated::Unreadable(wrong.to_owned()));
+    }
+    assert_eq!(slice(&json!({})).weight, Annotated::Absent);
 }
