@@ -243,15 +243,14 @@ mod tests {
     use axum::routing::get;
     use std::io::{Read as _, Write as _};
 
+    use super::super::free_port;
     use super::*;
 
     const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
     const THERE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 2));
 
     fn port() -> Port {
-        // A number that is free at both; nobody else binds these addresses for long.
-        let probe = std::net::TcpListener::bind((THERE, 0)).unwrap();
-        let number = probe.local_addr().unwrap().port();
+        let number = free_port([HERE, THERE]);
         Port::new(number, Router::new().fallback(get(async || "hello")))
     }
 

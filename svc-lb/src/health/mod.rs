@@ -25,3 +25,21 @@ const HEADERS: [(HeaderName, HeaderValue); 2] = [
     (CONTENT_TYPE, HeaderValue::from_static("application/json")),
     (X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff")),
 ];
+
+/// A port for a test that nobody has at these addresses. Not one of those that clients get, or a
+/// connection of another test might have it a moment later.
+#[cfg(test)]
+fn free_port<const N: usize>(addresses: [std::net::IpAddr; N]) -> u16 {
+    use std::net::TcpListener;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    static TRIED: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let number = std::process::id() * 16 + TRIED.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + u16::try_from(number % 20_000).expect("less than 20,000");
+        let free = |address| TcpListener::bind((address, port)).is_ok();
+        if addresses.into_iter().all(free) {
+            return port;
+        }
+    }
+}

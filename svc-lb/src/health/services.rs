@@ -241,20 +241,14 @@ mod tests {
     use std::num::NonZeroU16;
     use std::time::Duration;
 
+    use super::super::free_port;
     use super::*;
 
     const HERE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 3));
     const THERE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 4));
 
-    /// A port that is free at both addresses.
     fn free() -> u16 {
-        loop {
-            let here = TcpListener::bind((HERE, 0)).unwrap();
-            let number = here.local_addr().unwrap().port();
-            if TcpListener::bind((THERE, number)).is_ok() {
-                return number;
-            }
-        }
+        free_port([HERE, THERE])
     }
 
     fn check(port: u16, local_endpoints: u32) -> Option<HealthCheck> {
