@@ -17,8 +17,8 @@ use crate::dataplane::clock::Clock;
 use crate::dataplane::kernel::{Flows, Kernel};
 use crate::dataplane::pins::Pins;
 use crate::dataplane::{GuardBit, bits_in_use, loader, sys};
-use crate::health;
 use crate::health::proxy::{Moment, ProxyHealth};
+use crate::health::services::Edit;
 use crate::model::{Batch, SourceId};
 use crate::node::Node;
 use crate::observe::status::{NodeStatus, ServicesStatus};
@@ -57,7 +57,7 @@ pub(super) struct Inputs {
     /// Told how far it is.
     pub(super) proxy_health: Arc<ProxyHealth>,
     /// Told which health checks to serve, where.
-    pub(super) health_checks: mpsc::UnboundedSender<health::services::Edit>,
+    pub(super) health_checks: mpsc::UnboundedSender<Edit>,
     /// Told when the first complete lists are programmed.
     pub(super) programmed: watch::Sender<bool>,
     pub(super) cancel: CancellationToken,
@@ -90,10 +90,12 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
         }
         if reconciler.settled() {
             proxy_health.updated(Moment::now());
+            let listen_on = reconciler.take_listen_on().map(Edit::ListenOn);
             let changes = reconciler.take_health_changes();
-            if !changes.is_empty() {
+            let services = (!changes.is_empty()).then_some(Edit::Services(changes));
+            for edit in listen_on.into_iter().chain(services) {
                 // Who no longer listens ends with us.
-                drop(health_checks.send(health::services::Edit::Services(changes)));
+                drop(health_checks.send(edit));
             }
         }
         if !reconciler.settled() || !batches.is_empty() {

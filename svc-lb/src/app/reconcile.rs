@@ -12,6 +12,7 @@ use tracing::{debug, info, warn};
 use crate::compile::desired::PortKey;
 use crate::compile::{CompileOptions, HealthCheck, Note, compile};
 use crate::dataplane::{self, Dataplane, GuardBit};
+use crate::health::ListenOn;
 use crate::model::{Batch, Intake, Model, ObjectName, SourceId};
 use crate::node::ports::{self, NodePorts};
 use crate::observe::status::{NodeStatus, ServiceNotes, ServicesStatus};
@@ -50,6 +51,8 @@ pub struct Reconciler<D> {
     planner: Planner,
     dataplane: D,
     compiled: BTreeMap<ObjectName, Outcome>,
+    /// Where health checks are served, if that may be elsewhere since it was last taken.
+    listen_on: Option<ListenOn>,
     /// Services whose health check is another one since they were last taken.
     health_changes: BTreeSet<ObjectName>,
     refusals: Vec<plan::Refusal>,
@@ -102,6 +105,7 @@ impl<D: Dataplane> Reconciler<D> {
             planner,
             dataplane,
             compiled: BTreeMap::new(),
+            listen_on: None,
             health_changes: BTreeSet::new(),
             refusals: Vec::new(),
             listed: false,
@@ -154,7 +158,13 @@ impl<D: Dataplane> Reconciler<D> {
     }
 
     fn serve_node_ports(&mut self) {
-        self.planner.set_node_addresses(self.node_port_addresses());
+        let addresses = self.node_port_addresses();
+        self.listen_on = Some(if self.node_ports.contains(&NodePorts::All) {
+            ListenOn::Any
+        } else {
+            ListenOn::Only(addresses.clone())
+        });
+        self.planner.set_node_addresses(addresses);
     }
 
     /// The addresses that serve NodePorts.
@@ -208,6 +218,12 @@ impl<D: Dataplane> Reconciler<D> {
                 (name, check)
             })
             .collect()
+    }
+
+    /// Where health checks are served, if that may be elsewhere since this was last asked: where
+    /// NodePorts are, but on all addresses the loopback's and those of load balancers too.
+    pub fn take_listen_on(&mut self) -> Option<ListenOn> {
+        self.listen_on.take()
     }
 
     /// The node is about to be deleted.
@@ -595,6 +611,9 @@ mod tests {
         reconciler.set_node_addresses(all.clone(), [ip("192.0.2.1")].into());
         reconciler.apply(Instant::now());
         assert_eq!(reconciler.node().addresses, [ip("192.0.2.1")]);
+        let only = |address| Some(ListenOn::Only([ip(address)].into()));
+        assert_eq!(reconciler.take_listen_on(), only("192.0.2.1"));
+        assert_eq!(reconciler.take_listen_on(), None, "told once");
 
         let node = Object::Node(Node {
             name: "here".to_owned(),
@@ -612,6 +631,7 @@ mod tests {
             frontends.map(|at| at.address).collect()
         };
         assert_eq!(programmed(&reconciler), [ip("192.0.2.2")]);
+        assert_eq!(reconciler.take_listen_on(), only("192.0.2.2"));
         // Known by an address that it does not have: none.
         reconciler.set_node_addresses([ip("192.0.2.3")].into(), BTreeSet::new());
         reconciler.apply(Instant::now());

@@ -206,6 +206,31 @@ fn a_taken_health_check_port_is_reported_and_retried() {
     }
 }
 
+/// G6, B2: health checks are served on the addresses that serve NodePorts, and on no others.
+#[test]
+fn health_checks_listen_where_node_ports_are() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder().routed("r1").clients(1).build().unwrap();
+    let _servers = serve_all(&lab);
+    let services = [web().pods([lab.pod("r1")])];
+    let ranges = format!("{}/32,2001:db8:ffff::/64", NODE_A.v4);
+    let (_manifests, _agent) = start_with(&lab, &services, |config| {
+        config.args(["--nodeport-addresses", &ranges])
+    });
+    let client = Client::of(lab.client(0).ns());
+    tells(client, NODE_A.socket(Family::V4, HEALTH), 200, 1);
+    assert!(client.connect(NODE_A.socket(Family::V6, HEALTH)).is_err());
+    let itself = Client::of(lab.node_a());
+    assert!(
+        itself
+            .connect((std::net::Ipv4Addr::LOCALHOST, HEALTH).into())
+            .is_err()
+    );
+    tells(itself, NODE_A.socket(Family::V4, HEALTH), 200, 1);
+}
+
 /// G7: /healthz and /livez, from outside: the node that leaves fails the first only; both say when a source is lost
 /// that all is well.
 #[test]
