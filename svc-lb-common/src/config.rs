@@ -50,11 +50,13 @@ pub const REJECT_NO_LOCAL: u32 = 1 << 2;
 pub const CSUM_IPV6: u32 = 1 << 3;
 /// aya-log diagnostics, switched on by the operator.
 pub const DIAGNOSTICS: u32 = 1 << 4;
-/// Outside clients select from the Local set whatever the policy: their packets to a backend of
-/// another node would need a translated source, which the programs do not do yet.
-pub const OUTSIDE_LOCAL: u32 = 1 << 5;
 /// External IPs are frontends for clients outside alone: pods' packets to them go on as they are.
 pub const EXTERNAL_IPS_OUTSIDE: u32 = 1 << 6;
+/// Clients outside get a translated source even where the backend is on this node, as with
+/// kube-proxy; not where a Local policy applies.
+pub const SNAT_ALWAYS: u32 = 1 << 5;
+/// Pods get a translated source on their way to a ClusterIP (kube-proxy's masqueradeAll).
+pub const MASQUERADE_ALL: u32 = 1 << 7;
 
 impl Config {
     /// The settings of a node that was told nothing.
@@ -64,7 +66,7 @@ impl Config {
         service_mask4: Addr4(0),
         service_net6: Addr6([0; 4]),
         service_mask6: Addr6([0; 4]),
-        bits: REJECT_UNDEFINED_PORT | DROP_UNALLOCATED | OUTSIDE_LOCAL,
+        bits: REJECT_UNDEFINED_PORT | DROP_UNALLOCATED,
         guard_words: crate::limits::GUARD_WORDS,
         snat_first: 61_000,
         snat_last: 65_535,

@@ -90,6 +90,9 @@ pub mod flow {
     pub const SYN: u16 = 1 << 4;
     /// The service has ClientIP affinity: the client is pinned when the flow is promoted.
     pub const AFFINE: u16 = 1 << 5;
+    /// The source is translated to this node's address: packets leave by redirect, never by way
+    /// of the stack, and answers come in at an edge.
+    pub const SNAT: u16 = 1 << 6;
 }
 
 /// State bits of a flow; each entry of a pair has its own copy.

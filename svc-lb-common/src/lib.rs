@@ -23,6 +23,7 @@ pub mod guard;
 pub mod hash;
 mod layout;
 pub mod limits;
+pub mod link;
 pub mod outcome;
 pub mod service;
 pub mod source_range;

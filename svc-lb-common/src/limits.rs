@@ -32,6 +32,9 @@ pub const SOURCE_RANGES: u32 = 65_536;
 /// `edges`: interfaces.
 pub const EDGES: u32 = 4_096;
 
+/// `links`: interfaces, pods' included.
+pub const LINKS: u32 = 4_096;
+
 /// Names of the maps; at most 15 characters, the kernel cuts the rest.
 pub mod name {
     /// Hash of address to hint bits; `guard` module.
@@ -60,13 +63,15 @@ pub mod name {
     pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
     /// Edges by interface index.
     pub const EDGES: &str = "edges";
+    /// What leaves through an interface, by its index.
+    pub const LINKS: &str = "links";
     /// Packets by hook and outcome.
     pub const COUNTERS: &str = "counters";
     /// Token bucket of generated packets.
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 24] = [
+    pub const PINNED: [&str; 25] = [
         GUARD,
         GUARD_PORT,
         GUARD_DIRECT,
@@ -87,6 +92,7 @@ pub mod name {
         SOURCE_RANGES[0],
         SOURCE_RANGES[1],
         EDGES,
+        LINKS,
         COUNTERS,
         BUCKET,
         MET[0],

@@ -105,6 +105,18 @@ outcomes! {
     /// For a frontend, from a source that no packet may have: unspecified, loopback, multicast or
     /// broadcast. No flow is opened; the stack drops it.
     Martian = 25, "martian", Pass;
+    /// Translated along a flow with this node's address as the source and sent on, by the client.
+    ForwardRemote = 26, "forward_remote", Pass;
+    /// A backend's answer to this node's address, translated back and sent on.
+    ReverseRemote = 27, "reverse_remote", Pass;
+    /// XDP cannot finish it (an unresolved neighbour, an interface without XDP, a tag): tc does.
+    LeftToTc = 28, "left_to_tc", Pass;
+    /// No route, or forwarding is off on the interface it came in by, where we forward.
+    NoRoute = 29, "no_route", Drop;
+    /// Too big for its way: an ICMP error with the right size went back in its place.
+    TooBig = 30, "too_big", Pass;
+    /// Its TTL or hop limit ended where we forward: an ICMP error went back in its place.
+    TimeExceeded = 31, "time_exceeded", Pass;
 }
 
 /// Number of outcomes.

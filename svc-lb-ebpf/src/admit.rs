@@ -8,12 +8,12 @@ use svc_lb_common::source_range::{Source, SourceRangeKey};
 use crate::family::Family;
 use crate::met::Met;
 use crate::packet::Step;
-use crate::service::Target;
 
 /// Turns away sources that no packet may have, and clients outside of loadBalancerSourceRanges:
 /// pods too, and on load balancer addresses alone (SEMANTICS B7). Flows that are open stay.
 #[inline(always)]
-pub(crate) fn client<F: Family>(target: &Target, met: &Met<F::Addr>) -> Step<()> {
+pub(crate) fn client<F: Family>(met: &Met<F::Addr>) -> Step<()> {
+    let target = &met.target;
     if F::is_martian(met.key.source) {
         return Err(Outcome::Martian);
     }

@@ -84,7 +84,7 @@ fn is_udp<A: Address>(key: &FlowKey<A>) -> bool {
 /// The key of the other entry of the pair.
 #[inline(always)]
 fn peer_key<A: Address>(protocol: u8, flow: &Flow<A>) -> FlowKey<A> {
-    let direction = match flow.traits & (flow::REVERSE | flow::HAIRPIN) {
+    let direction = match flow.traits & (flow::REVERSE | flow::HAIRPIN | flow::SNAT) {
         0 => OUTBOUND,
         _ => INBOUND,
     };

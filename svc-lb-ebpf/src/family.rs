@@ -5,6 +5,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::backend::Backend;
 use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::link::Link;
 use svc_lb_common::service::{Frontend, FrontendKey};
 use svc_lb_common::source_range::Source;
 use svc_lb_common::{Addr4, Addr6, Address};
@@ -41,6 +42,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn is_unicast(address: Self::Addr) -> bool;
     /// Whether no packet from elsewhere may have this source; the kernel drops such packets.
     fn is_martian(source: Self::Addr) -> bool;
+    /// The address that translated sources get on an interface.
+    fn source_of(link: &Link) -> Self::Addr;
     /// The map of frontends.
     fn frontends() -> &'static HashMap<FrontendKey<Self::Addr>, Frontend>;
     /// The array of backends.
@@ -95,6 +98,11 @@ impl Family for V4 {
     fn is_martian(source: Addr4) -> bool {
         // 240.0.0.0/4 but the broadcast address is routed as unicast.
         (!Self::is_unicast(source) && u32::from_be(source.0) >> 28 != 0xf) || source.0 == u32::MAX
+    }
+
+    #[inline(always)]
+    fn source_of(link: &Link) -> Addr4 {
+        link.v4
     }
 
     #[inline(always)]
@@ -170,6 +178,11 @@ impl Family for V6 {
     #[inline(always)]
     fn is_martian(source: Addr6) -> bool {
         !Self::is_unicast(source)
+    }
+
+    #[inline(always)]
+    fn source_of(link: &Link) -> Addr6 {
+        link.v6
     }
 
     #[inline(always)]

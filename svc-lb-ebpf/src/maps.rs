@@ -15,6 +15,7 @@
 //! | affinity4/6 | LRU hash | client, service -> backend, time | as above | evicts |
 //! | source_ranges4/6 | LPM trie | service, prefix of client -> admitted | agent | object refused |
 //! | edges | hash | interface index -> kind, bridge, MAC | agent | interface refused |
+//! | links | hash | interface index -> source addresses, XDP | agent | no translated source there |
 //! | counters | per-CPU array | hook and outcome, or event -> packets | programs | - |
 //! | bucket | per-CPU array | token bucket of generated packets | programs | - |
 //! | met4/6 | per-CPU array | what is known of the packet; nothing outlives it | programs | - |
@@ -30,6 +31,7 @@ use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::edge::Edge;
 use svc_lb_common::guard::PORT_WORDS;
 use svc_lb_common::limits;
+use svc_lb_common::link::Link;
 use svc_lb_common::outcome;
 use svc_lb_common::service::{Frontend, FrontendKey, Service};
 use svc_lb_common::source_range::Source;
@@ -93,6 +95,8 @@ pub(crate) static SOURCE_RANGES6: LpmTrie<Source<Addr6>, u32> =
     LpmTrie::with_max_entries(limits::SOURCE_RANGES, 0);
 #[map(name = "edges")]
 pub(crate) static EDGES: HashMap<u32, Edge> = HashMap::with_max_entries(limits::EDGES, 0);
+#[map(name = "links")]
+pub(crate) static LINKS: HashMap<u32, Link> = HashMap::with_max_entries(limits::LINKS, 0);
 #[map(name = "counters")]
 pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(outcome::COUNTERS, 0);
 #[map(name = "bucket")]

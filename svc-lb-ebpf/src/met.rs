@@ -7,6 +7,7 @@
 
 use core::arch::asm;
 
+use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::outcome::Outcome;
 use svc_lb_common::{Address, Protocol};
@@ -14,6 +15,7 @@ use svc_lb_common::{Address, Protocol};
 use crate::guard::Concern;
 use crate::packet::MAX_QUOTED_WORDS;
 use crate::parse::Transport;
+use crate::reject::Complaint;
 use crate::service::Target;
 
 /// A packet whose headers have been read, and the flow it belongs to.
@@ -31,7 +33,11 @@ pub(crate) struct Met<A: Address> {
     pub(crate) other: Flow<A>,
     /// The service that a packet without a flow is for.
     pub(crate) target: Target,
-    /// The part of the packet that a reject quotes.
+    /// The kernel's answer to where a packet goes on to.
+    pub(crate) route: FibLookup,
+    /// The ICMP error that it is answered with.
+    pub(crate) complaint: Complaint<A>,
+    /// The part of the packet that an ICMP error quotes.
     pub(crate) quoted: [u32; MAX_QUOTED_WORDS],
     /// The hash that a new flow's decisions start from.
     pub(crate) hash: u32,

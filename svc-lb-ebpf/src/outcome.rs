@@ -1,6 +1,6 @@
 //! The only place that names the kernel's verdicts.
 
-use aya_ebpf::bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
+use aya_ebpf::bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action};
 use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_redirect};
 use aya_log_ebpf::info;
 use svc_lb_common::config::DIAGNOSTICS;
@@ -17,13 +17,15 @@ pub(crate) enum Verdict {
     On(Outcome),
     /// Out through the interface it is at.
     Back(Outcome),
+    /// Out through the interface that the redirect helper was told.
+    Away(Outcome),
 }
 
 impl Verdict {
     #[inline(always)]
     fn outcome(self) -> Outcome {
         match self {
-            Self::On(outcome) | Self::Back(outcome) => outcome,
+            Self::On(outcome) | Self::Back(outcome) | Self::Away(outcome) => outcome,
         }
     }
 }
@@ -64,6 +66,7 @@ pub(crate) fn xdp<P: Packet>(packet: &P, verdict: Step<Verdict>) -> u32 {
     match verdict {
         Ok(Verdict::On(_)) => xdp_action::XDP_PASS,
         Ok(Verdict::Back(_)) => xdp_action::XDP_TX,
+        Ok(Verdict::Away(_)) => xdp_action::XDP_REDIRECT,
         Err(outcome) => match outcome.fate() {
             Fate::Pass => xdp_action::XDP_PASS,
             Fate::Drop => xdp_action::XDP_DROP,
@@ -80,6 +83,7 @@ pub(crate) fn tc<P: Packet>(packet: &P, verdict: Step<Verdict>) -> i32 {
         Ok(Verdict::On(_)) => TC_ACT_UNSPEC,
         // SAFETY: a helper without pointers.
         Ok(Verdict::Back(_)) => unsafe { bpf_redirect(packet.interface(), 0) as i32 },
+        Ok(Verdict::Away(_)) => TC_ACT_REDIRECT,
         Err(outcome) => match outcome.fate() {
             Fate::Pass => TC_ACT_UNSPEC,
             Fate::Drop => TC_ACT_SHOT,

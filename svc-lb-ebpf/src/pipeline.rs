@@ -3,7 +3,9 @@
 //! entry -> guard -> parse -> conntrack hit?  -> rewrite -> forward -> outcome
 //!                         `-> service -> admit -> select -> open -^
 
-use svc_lb_common::config::REJECT_NO_LOCAL;
+use svc_lb_common::Address as _;
+use svc_lb_common::backend::LOCAL;
+use svc_lb_common::config::{MASQUERADE_ALL, REJECT_NO_LOCAL, SNAT_ALWAYS};
 use svc_lb_common::conntrack::{INBOUND, OUTBOUND, flow, state};
 use svc_lb_common::edge::{POD, UPLINK, XDP};
 use svc_lb_common::outcome::{Event, Hook, Outcome};
@@ -13,7 +15,7 @@ use crate::admit;
 use crate::config::enabled;
 use crate::conntrack;
 use crate::family::{V4, V6};
-use crate::forward::{self, Route};
+use crate::forward::{self, Route, Way};
 use crate::guard;
 use crate::met::Met;
 use crate::open;
@@ -68,20 +70,32 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
     met.set((ip.source, ip.destination), l3, &transport, INBOUND);
     met.concern = concern;
     let met = met.settle();
+    match carry::<P, F>(packet, met) {
+        Err(outcome @ (Outcome::Rejected | Outcome::TooBig | Outcome::TimeExceeded)) => {
+            reject::answer::<P, F>(packet, met, outcome)
+        }
+        result => result,
+    }
+}
+
+/// Finds or opens the packet's flow, and sends it on along it.
+#[inline(always)]
+fn carry<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>) -> Step<Verdict> {
     let known = along::<P, F>(packet, met, false);
     if known != Along::Followed {
-        let ended = known == Along::Ended;
-        match decide::<F>(packet.interface(), packet.hook(), met, ended)? {
+        match decide::<P, F>(packet, met, known == Along::Ended)? {
             Decision::Open => met.outcome = open::enter::<F>(met)?,
             Decision::Keep => {
                 if along::<P, F>(packet, met, true) != Along::Followed {
                     return Err(Outcome::NoFrontend);
                 }
             }
-            Decision::Reject => return reject::port_unreachable::<P, F>(packet, met),
         }
     }
     let met = met.settle();
+    if met.flow.traits & flow::SNAT != 0 {
+        return forward::away::<P, F>(packet, met);
+    }
     rewrite::translate::<P, F>(packet, met)?;
     forward::inbound::<P, F>(packet, met, met.outcome)
 }
@@ -128,13 +142,17 @@ fn along<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, keep: bool) ->
     if conntrack::confirms(packet, met, &entry) {
         conntrack::promote::<F>(met);
     }
-    met.outcome = if entry.opening {
-        Outcome::ForwardOpening
-    } else {
-        Outcome::Forward
+    met.outcome = match met.flow.traits & (flow::SNAT | flow::REVERSE) {
+        SNAT_ANSWER => Outcome::ReverseRemote,
+        flow::SNAT => Outcome::ForwardRemote,
+        _ if entry.opening => Outcome::ForwardOpening,
+        _ => Outcome::Forward,
     };
     Along::Followed
 }
+
+/// Traits of an answer to this node's address.
+const SNAT_ANSWER: u16 = flow::SNAT | flow::REVERSE;
 
 /// What to do with a packet that has no flow, or one that has ended. As wide as [`Outcome`]: undefined
 /// bytes in what is returned beside it would be whatever a register held, pointers too, and the
@@ -145,36 +163,28 @@ enum Decision {
     Open,
     /// Stay on the flow that should have ended.
     Keep,
-    /// Reject it.
-    Reject,
 }
 
 /// Decides about a packet without a flow, or with one that has ended and is then in `met.flow`.
 #[inline(never)]
-fn decide<F: Stack>(
-    interface: u32,
-    hook: Hook,
-    met: &mut Met<F::Addr>,
-    ended: bool,
-) -> Step<Decision> {
-    let edge = forward::edge(interface);
+fn decide<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, ended: bool) -> Step<Decision> {
+    let edge = forward::edge(packet.interface());
     let bits = edge.map_or(UPLINK, |edge| edge.bits);
     let from_pod = bits & POD != 0;
     match service::find::<F>(met, from_pod) {
         Ok(Aim::Service) => {}
-        Ok(Aim::UndefinedPort) => return Ok(Decision::Reject),
-        Err(Outcome::NoFrontend) => return direct::<F>(met, bits, hook, ended),
+        Ok(Aim::UndefinedPort) => return Err(Outcome::Rejected),
+        Err(Outcome::NoFrontend) => return direct::<F>(met, bits, packet.hook(), ended),
         Err(outcome) => return Err(outcome),
     }
-    let target = met.target;
-    admit::client::<F>(&target, met)?;
+    admit::client::<F>(met)?;
     met.hash = select::hash(&met.key);
-    let Some(choice) = select::backend::<F>(&target, from_pod, met)? else {
+    let Some(choice) = select::backend::<F>(from_pod, met)? else {
         if ended && met.is_udp() {
             // Better an unwilling backend than none: the flow stays (SEMANTICS G1).
             return Ok(Decision::Keep);
         }
-        return nobody(&target);
+        return nobody(&met.target);
     };
     if ended {
         conntrack::forget::<F>(&met.key, &met.flow, &mut met.peer_key);
@@ -184,21 +194,53 @@ fn decide<F: Stack>(
     }
     let hairpin = from_pod && choice.backend.address == met.key.source;
     let bridged = edge.is_some_and(|edge| edge.bridge != 0);
-    met.flow.source = if hairpin {
+    met.flow.destination = choice.backend.address;
+    let mut translated = false;
+    if !hairpin && wants_source(&met.target, from_pod, choice.backend.bits()) {
+        // Which address depends on the interface, and that on no source.
+        met.flow.source = F::Addr::UNSPECIFIED;
+        match forward::way::<P, F>(packet, met)? {
+            Way::TooBig => return Err(Outcome::TooBig),
+            // A backend on the node's own network: the stack takes it as it is.
+            Way::Here => {}
+            Way::Known | Way::Unresolved => translated = true,
+        }
+    }
+    met.flow.source = if translated {
+        forward::source::<F>(met).ok_or(Outcome::NoRoute)?
+    } else if hairpin {
         met.key.destination
     } else {
         met.key.source
     };
-    met.flow.destination = choice.backend.address;
     met.flow.source_port = met.key.source_port;
     met.flow.destination_port = choice.backend.port();
     met.flow.backend = choice.id;
-    met.flow.service = target.index;
+    met.flow.service = met.target.index;
     met.flow.generation = choice.backend.generation();
-    met.flow.traits = traits(hairpin, bridged, met.is_bare_syn(), &target);
-    // The pod's answer to a NodePort must get past the guard of the node's own ports.
-    met.translate_port = (hairpin && target.kind == kind::NODE_PORT as u32) as u8;
+    met.flow.traits = traits(hairpin, bridged, met.is_bare_syn(), &met.target);
+    if translated {
+        met.flow.traits |= flow::SNAT;
+    }
+    // An answer to the node's address must get past the guard of the node's own ports.
+    met.translate_port = (translated || hairpin && met.target.kind == kind::NODE_PORT as u32) as u8;
     Ok(Decision::Open)
+}
+
+/// Whether a flow needs a source whose answers come back here. Clients outside know the frontend
+/// alone, and the node of a remote backend sends its answers straight to them (SEMANTICS 1.2, C1).
+#[inline(always)]
+fn wants_source(target: &Target, from_pod: bool, backend: u32) -> bool {
+    let cluster_ip = target.kind == kind::CLUSTER_IP as u32;
+    if from_pod {
+        return cluster_ip && enabled(MASQUERADE_ALL);
+    }
+    if backend & LOCAL == 0 {
+        return true;
+    }
+    // externalTrafficPolicy: Local keeps the client's address.
+    let kept = !cluster_ip && target.service.flags() & flag::EXTERNAL_LOCAL != 0;
+    !kept && enabled(SNAT_ALWAYS)
 }
 
 /// The traits of a new flow.
@@ -226,7 +268,7 @@ fn nobody(target: &Target) -> Step<Decision> {
     if target.service.flags() & flag::HAS_ANY != 0 && !enabled(REJECT_NO_LOCAL) {
         return Err(Outcome::NoLocalEndpoint);
     }
-    Ok(Decision::Reject)
+    Err(Outcome::Rejected)
 }
 
 /// A packet sent directly to a backend: where a flow through a frontend has the same tuple behind

@@ -1,17 +1,17 @@
-//! Rejecting: the packet turns into the ICMP error about itself and goes back.
+//! Answering a packet with the ICMP error about itself, which it turns into and goes back as.
 
 use core::ptr::null_mut;
 
 use aya_ebpf::helpers::generated::{bpf_csum_diff, bpf_jiffies64};
 use network_types::icmp::Icmpv4Hdr;
 use network_types::ip::Ipv4Hdr;
-use svc_lb_common::Address as _;
+use svc_lb_common::Address;
 use svc_lb_common::checksum::{fold, sum};
-use svc_lb_common::conntrack::FlowKey;
 use svc_lb_common::outcome::Outcome;
 
 use crate::config::config;
 use crate::family::{Family, V4, V6};
+use crate::forward;
 use crate::maps::BUCKET;
 use crate::met::Met;
 use crate::outcome::Verdict;
@@ -25,21 +25,38 @@ const TRANSPORT: usize = 8;
 /// Hop count of what we send (RFC 1700's IPDEFTTL).
 const HOPS: u8 = 64;
 
-/// A family's port unreachable.
+/// A family's ICMP errors.
 pub(crate) trait Unreachable: Family {
     /// IANA number of its ICMP.
     const ICMP_PROTOCOL: u8;
-    /// Type and code: destination unreachable, port unreachable.
-    const ERROR: [u8; 2];
+    /// Type and code of the error that tells a sender of the outcome.
+    fn error(outcome: Outcome) -> [u8; 2];
+    /// The second word of the error that says which size would do.
+    fn size_word(mtu: u16) -> [u8; 4];
     /// Writes the header of an error that quotes `quoted` bytes, but for the addresses.
     fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()>;
     /// What the ICMP checksum covers beside the message.
-    fn pseudo_sum(key: &FlowKey<Self::Addr>, quoted: usize) -> u32;
+    fn pseudo_sum(met: &Met<Self::Addr>, quoted: usize) -> u32;
 }
 
 impl Unreachable for V4 {
     const ICMP_PROTOCOL: u8 = 1;
-    const ERROR: [u8; 2] = [3, 3];
+
+    #[inline(always)]
+    fn error(outcome: Outcome) -> [u8; 2] {
+        match outcome {
+            Outcome::TooBig => [3, 4],
+            Outcome::TimeExceeded => [11, 0],
+            // Port unreachable.
+            _ => [3, 3],
+        }
+    }
+
+    #[inline(always)]
+    fn size_word(mtu: u16) -> [u8; 4] {
+        let [high, low] = mtu.to_be_bytes();
+        [0, 0, high, low]
+    }
 
     #[inline(always)]
     fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()> {
@@ -60,21 +77,35 @@ impl Unreachable for V4 {
             0,
             0,
         ];
-        let addresses = met.key.source.word_sum() + met.key.destination.word_sum();
+        let addresses = met.key.source.word_sum() + met.complaint.speaker.word_sum();
         let check = !fold(sum(addresses, &start));
         [start[10], start[11]] = check.to_ne_bytes();
         packet.store(met.l3 as usize, &start)
     }
 
     #[inline(always)]
-    fn pseudo_sum(_key: &FlowKey<Self::Addr>, _quoted: usize) -> u32 {
+    fn pseudo_sum(_met: &Met<Self::Addr>, _quoted: usize) -> u32 {
         0
     }
 }
 
 impl Unreachable for V6 {
     const ICMP_PROTOCOL: u8 = 58;
-    const ERROR: [u8; 2] = [1, 4];
+
+    #[inline(always)]
+    fn error(outcome: Outcome) -> [u8; 2] {
+        match outcome {
+            Outcome::TooBig => [2, 0],
+            Outcome::TimeExceeded => [3, 0],
+            // Port unreachable.
+            _ => [1, 4],
+        }
+    }
+
+    #[inline(always)]
+    fn size_word(mtu: u16) -> [u8; 4] {
+        (mtu as u32).to_be_bytes()
+    }
 
     #[inline(always)]
     fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()> {
@@ -86,21 +117,36 @@ impl Unreachable for V6 {
     }
 
     #[inline(always)]
-    fn pseudo_sum(key: &FlowKey<Self::Addr>, quoted: usize) -> u32 {
+    fn pseudo_sum(met: &Met<Self::Addr>, quoted: usize) -> u32 {
         let [l0, l1] = ((ICMP + quoted) as u16).to_be_bytes();
         sum(
-            key.source.word_sum() + key.destination.word_sum(),
+            met.key.source.word_sum() + met.complaint.speaker.word_sum(),
             &[l0, l1, 0, Self::ICMP_PROTOCOL],
         )
     }
 }
 
-/// Answers a packet for which there is nobody with a port unreachable, from the address it was
-/// sent to. The limit of generated packets and RFC 1122 3.2.2 decide whether it may be sent.
+/// An ICMP error in the making.
+#[repr(C)]
+pub(crate) struct Complaint<A: Address> {
+    /// Whose address it comes from.
+    speaker: A,
+    /// Type, code, no checksum yet, and the second word.
+    header: Icmpv4Hdr,
+    /// The outcome that it tells of.
+    outcome: u32,
+}
+
+/// Answers a packet whose outcome its sender is to be told: [`Outcome::Rejected`], from the address it was
+/// sent to; [`Outcome::TooBig`], with the size that the kernel has put into `met.route`, and
+/// [`Outcome::TimeExceeded`], from this node's.
+///
+/// The limit of generated packets or RFC 1122 3.2.2 may forbid it.
 #[inline(never)]
-pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
+pub(crate) fn answer<P: Packet, F: Unreachable<Addr: Wire>>(
     packet: &P,
     met: &mut Met<F::Addr>,
+    outcome: Outcome,
 ) -> Step<Verdict> {
     let (source, destination) = (met.key.source, met.key.destination);
     let [first, _] = packet.load::<[u8; 2]>(0)?;
@@ -111,6 +157,28 @@ pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
     if !take_token() {
         return Err(Outcome::RejectLimited);
     }
+    let [type_, code] = F::error(outcome);
+    let mut data = [0; 4];
+    let mut speaker = destination;
+    if outcome != Outcome::Rejected {
+        // As a router would. An interface without an address speaks for the frontend.
+        speaker = forward::address_on::<F>(packet.interface()).unwrap_or(destination);
+    }
+    if outcome == Outcome::TooBig {
+        // SAFETY: integers of one size.
+        data = F::size_word(unsafe { met.route.__bindgen_anon_1.mtu_result });
+    }
+    met.complaint = Complaint {
+        speaker,
+        header: Icmpv4Hdr {
+            type_,
+            code,
+            check: [0; 2],
+            data,
+        },
+        outcome: outcome as u32,
+    };
+    let met = met.settle();
     let l3 = met.l3 as usize;
     let length = (met.l4 as usize).saturating_sub(l3) + TRANSPORT;
     // What the verifier must know of the length, whatever the offsets were.
@@ -133,21 +201,26 @@ pub(crate) fn port_unreachable<P: Packet, F: Unreachable<Addr: Wire>>(
         )
     };
     let body = u32::from(fold(body.cast_unsigned() as u32));
-    let [kind, code] = F::ERROR;
-    let total = sum(body + F::pseudo_sum(&met.key, quoted), &F::ERROR);
-    let header = Icmpv4Hdr {
-        type_: kind,
-        code,
-        check: (!fold(total)).to_ne_bytes(),
-        data: [0; 4],
-    };
+    let mut header = met.complaint.header;
+    let Icmpv4Hdr {
+        type_, code, data, ..
+    } = header;
+    let total = sum(body + F::pseudo_sum(met, quoted), &[type_, code]);
+    header.check = (!fold(sum(total, &data))).to_ne_bytes();
     packet.store(icmp, &header)?;
     F::write_header(packet, met, quoted)?;
-    packet.store(l3 + F::SOURCE, &destination)?;
+    packet.store(l3 + F::SOURCE, &met.complaint.speaker)?;
     packet.store(l3 + F::SOURCE + size_of::<F::Addr>(), &source)?;
     rewrite::swap(packet)?;
-    Ok(Verdict::Back(Outcome::Rejected))
+    Ok(Verdict::Back(match met.complaint.outcome {
+        TOO_BIG => Outcome::TooBig,
+        TIME_EXCEEDED => Outcome::TimeExceeded,
+        _ => Outcome::Rejected,
+    }))
 }
+
+const TOO_BIG: u32 = Outcome::TooBig as u32;
+const TIME_EXCEEDED: u32 = Outcome::TimeExceeded as u32;
 
 /// Takes one packet from the CPU's bucket.
 #[inline(always)]

@@ -3,14 +3,13 @@
 use aya_ebpf::helpers::generated::bpf_jiffies64;
 use svc_lb_common::affinity::AffinityKey;
 use svc_lb_common::backend::{Backend, GONE, IN_CLUSTER, IN_LOCAL, SERVING};
-use svc_lb_common::config::OUTSIDE_LOCAL;
 use svc_lb_common::conntrack::FlowKey;
 use svc_lb_common::hash::{flow_hash, scale};
 use svc_lb_common::outcome::Outcome;
 use svc_lb_common::service::{Range, SLOTS_PER_WORD, flag, kind, slot};
 use svc_lb_common::{Address, Be16};
 
-use crate::config::{config, enabled};
+use crate::config::config;
 use crate::family::Family;
 use crate::maps::{SLOTS, read, snapshot};
 use crate::met::Met;
@@ -35,7 +34,7 @@ fn set(target: &Target, from_pod: bool) -> (Range, u32) {
         // A pod is not outside, whichever address it uses: it gets the Cluster set.
         !from_pod && flags & flag::EXTERNAL_LOCAL != 0
     };
-    if local || (!from_pod && enabled(OUTSIDE_LOCAL)) {
+    if local {
         (target.service.local, IN_LOCAL)
     } else {
         (target.service.cluster, IN_CLUSTER)
@@ -67,10 +66,10 @@ fn seeded<A: Address>(seed: u64, key: &FlowKey<A>) -> u32 {
 /// node names the same one (SEMANTICS F9).
 #[inline(always)]
 pub(crate) fn backend<F: Family>(
-    target: &Target,
     from_pod: bool,
     met: &Met<F::Addr>,
 ) -> Step<Option<Choice<F::Addr>>> {
+    let target = &met.target;
     let (range, bit) = set(target, from_pod);
     if range.length() == 0 {
         return Ok(None);

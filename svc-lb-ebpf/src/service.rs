@@ -1,9 +1,9 @@
 //! Which Service a packet is for.
 
-use svc_lb_common::Protocol;
 use svc_lb_common::config::{DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, REJECT_UNDEFINED_PORT};
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_common::service::{Frontend, FrontendKey, Service, kind};
+use svc_lb_common::{Address, Protocol};
 
 use crate::config::enabled;
 use crate::family::Family;
@@ -15,7 +15,6 @@ use crate::stats;
 
 /// A frontend's service.
 #[repr(C)]
-#[derive(Clone, Copy)]
 pub(crate) struct Target {
     /// The service.
     pub(crate) service: Service,
@@ -35,7 +34,7 @@ pub(crate) enum Aim {
     UndefinedPort,
 }
 
-/// Finds the service: by address, port and protocol, then by NodePort.
+/// Finds the service: by address, port and protocol, then by NodePort. Puts it into `met.target`.
 #[inline(always)]
 pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>, from_pod: bool) -> Step<Aim> {
     let (address, port) = (met.key.destination, met.key.destination_port);
@@ -43,7 +42,7 @@ pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>, from_pod: bool) -> Step<Ai
     if let Some(frontend) = lookup::<F>(&FrontendKey::new(address, port, protocol))
         && !hidden(&frontend, from_pod)
     {
-        return target(&frontend, &mut met.target);
+        return target(met, &frontend);
     }
     if !met.concern.frontend() {
         return Err(Outcome::NoFrontend);
@@ -56,8 +55,7 @@ pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>, from_pod: bool) -> Step<Ai
                 return Err(Outcome::NoFrontend);
             }
             let key = FrontendKey::node_port(port, protocol);
-            let frontend = lookup::<F>(&key).ok_or(Outcome::NoFrontend)?;
-            target(&frontend, &mut met.target)
+            target(met, &lookup::<F>(&key).ok_or(Outcome::NoFrontend)?)
         }
         Some(entry) if entry.kind == kind::CLUSTER_IP as u32 && enabled(REJECT_UNDEFINED_PORT) => {
             Ok(Aim::UndefinedPort)
@@ -97,8 +95,8 @@ fn lookup<F: Family>(key: &FrontendKey<F::Addr>) -> Option<Frontend> {
 }
 
 #[inline(always)]
-fn target(frontend: &Frontend, found: &mut Target) -> Step<Aim> {
-    *found = Target {
+fn target<A: Address>(met: &mut Met<A>, frontend: &Frontend) -> Step<Aim> {
+    met.target = Target {
         service: read(&SERVICES, frontend.service).ok_or(Outcome::BadBackend)?,
         index: frontend.service,
         kind: frontend.kind,

@@ -7,6 +7,7 @@ mod xdp;
 
 use core::arch::asm;
 
+use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::cty::c_void;
 use network_types::eth::EthHdr;
 use network_types::icmp::Icmpv4Hdr;
@@ -208,8 +209,24 @@ pub(crate) trait Packet {
     /// Writes `words` words, at most all of `from`.
     fn copy_in(&self, offset: usize, from: &[u32; MAX_QUOTED_WORDS], words: usize) -> Step<()>;
 
+    /// Bytes of payload in each segment that the kernel will cut it into; 0 if it stays whole.
+    fn segment(&self) -> u32;
+
+    /// Sends it on by the route that the kernel has answered: to its neighbour, or, where the
+    /// kernel can, to one that must be resolved first.
+    fn leave(&self, route: &FibLookup) -> Step<Leaves>;
+
     /// Cuts or extends the frame to `length` bytes; what is added has no defined content.
     fn resize(&self, length: u32) -> Step<()>;
+}
+
+/// How a packet leaves; see `outcome::Verdict`.
+#[repr(u32)]
+pub(crate) enum Leaves {
+    /// By the interface it came in by.
+    Back,
+    /// By another one: the redirect helper was told which.
+    Away,
 }
 
 /// What differs between transport checksums.

@@ -7,17 +7,20 @@
 use core::ptr::read_volatile;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
+use aya_ebpf::bindings::{
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_fib_lookup as FibLookup,
+    bpf_redir_neigh as NextHop, bpf_redir_neigh__bindgen_ty_1 as NextHopAddress,
+};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
-    bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_skb_change_tail, bpf_skb_load_bytes,
-    bpf_skb_pull_data, bpf_skb_store_bytes,
+    bpf_l3_csum_replace, bpf_l4_csum_replace, bpf_redirect_neigh, bpf_skb_change_tail,
+    bpf_skb_load_bytes, bpf_skb_pull_data, bpf_skb_store_bytes,
 };
 use aya_ebpf::programs::TcContext;
 use svc_lb_common::config::CSUM_IPV6;
 use svc_lb_common::outcome::{Hook, Outcome};
 
-use super::{MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
+use super::{Leaves, MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
 use crate::config::enabled;
 
 /// BPF_F_IPV6: the difference cancels out in a CHECKSUM_COMPLETE sum (Linux 6.16).
@@ -170,6 +173,29 @@ impl Packet for SkbPacket {
         let from = from.as_ptr().cast();
         // SAFETY: the caller's word for it that `from` is long enough.
         done(unsafe { bpf_skb_store_bytes(self.ctx, offset as u32, from, words as u32 * 4, 0) })
+    }
+
+    #[inline(always)]
+    fn segment(&self) -> u32 {
+        // SAFETY: `ctx` is the context the kernel passed to this program.
+        unsafe { (*self.ctx).gso_size }
+    }
+
+    #[inline(always)]
+    fn leave(&self, route: &FibLookup) -> Step<Leaves> {
+        // The address is where IPv4's and IPv6's both begin.
+        // SAFETY: the kernel fills in all of them, or the packet's own address is in it still.
+        let next = unsafe { route.__bindgen_anon_4.ipv6_dst };
+        let mut hop = NextHop {
+            nh_family: route.family as u32,
+            __bindgen_anon_1: NextHopAddress { ipv6_nh: next },
+        };
+        // It refuses nothing but unknown flags.
+        // SAFETY: `hop` is the helper's own type and lives through the call.
+        unsafe {
+            bpf_redirect_neigh(route.ifindex, &raw mut hop, size_of::<NextHop>() as i32, 0);
+        }
+        Ok(Leaves::Away)
     }
 
     #[inline(always)]

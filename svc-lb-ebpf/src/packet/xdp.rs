@@ -3,14 +3,15 @@
 use core::ptr::read_volatile;
 
 use aya_ebpf::EbpfContext as _;
-use aya_ebpf::bindings::xdp_md;
+use aya_ebpf::bindings::{bpf_fib_lookup as FibLookup, xdp_md};
 use aya_ebpf::cty::c_void;
-use aya_ebpf::helpers::generated::bpf_xdp_adjust_tail;
+use aya_ebpf::helpers::generated::{bpf_redirect, bpf_xdp_adjust_tail};
 use aya_ebpf::programs::XdpContext;
 use svc_lb_common::checksum;
 use svc_lb_common::outcome::{Hook, Outcome};
 
-use super::{MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
+use super::{Leaves, MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
+use crate::rewrite;
 
 /// A frame at XDP.
 pub(crate) struct XdpPacket {
@@ -146,6 +147,23 @@ impl Packet for XdpPacket {
             self.store(offset + index * 4, word)?;
         }
         Ok(())
+    }
+
+    #[inline(always)]
+    fn segment(&self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn leave(&self, route: &FibLookup) -> Step<Leaves> {
+        rewrite::set_both(self, route.dmac, route.smac)?;
+        if route.ifindex == self.interface() {
+            return Ok(Leaves::Back);
+        }
+        // It refuses nothing but unknown flags.
+        // SAFETY: a helper without pointers.
+        unsafe { bpf_redirect(route.ifindex, 0) };
+        Ok(Leaves::Away)
     }
 
     #[inline(always)]

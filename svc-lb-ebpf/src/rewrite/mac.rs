@@ -15,6 +15,17 @@ pub(crate) fn swap<P: Packet>(packet: &P) -> Step<()> {
     )
 }
 
+/// Writes both addresses.
+#[inline(always)]
+pub(crate) fn set_both<P: Packet>(packet: &P, destination: [u8; 6], source: [u8; 6]) -> Step<()> {
+    let [d0, d1, d2, d3, d4, d5] = destination;
+    let [s0, s1, s2, s3, s4, s5] = source;
+    packet.store(
+        DESTINATION,
+        &[d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5],
+    )
+}
+
 /// Addresses the frame to a neighbour.
 #[inline(always)]
 pub(crate) fn set_destination<P: Packet>(packet: &P, mac: &[u8; 6]) -> Step<()> {

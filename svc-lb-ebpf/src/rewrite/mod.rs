@@ -4,6 +4,6 @@ mod mac;
 mod nat;
 mod ttl;
 
-pub(crate) use self::mac::{set_destination, swap};
+pub(crate) use self::mac::{set_both, set_destination, swap};
 pub(crate) use self::nat::translate;
 pub(crate) use self::ttl::TimeToLive;

@@ -11,12 +11,20 @@ use crate::packet::{Packet, Step};
 
 /// A header with a hop count.
 pub(crate) trait TimeToLive {
+    /// Whether none would be left after this hop, at the network header `l3`.
+    fn expires<P: Packet>(packet: &P, l3: usize) -> Step<bool>;
     /// Takes one off at the network header `l3`; ends the packet where none would be left (RFC
     /// 1812 5.3.1).
     fn decrement<P: Packet>(packet: &P, l3: usize) -> Step<()>;
 }
 
 impl TimeToLive for V4 {
+    #[inline(always)]
+    fn expires<P: Packet>(packet: &P, l3: usize) -> Step<bool> {
+        let [ttl, _] = packet.load::<[u8; 2]>(l3 + offset_of!(Ipv4Hdr, ttl))?;
+        Ok(ttl <= 1)
+    }
+
     #[inline(always)]
     fn decrement<P: Packet>(packet: &P, l3: usize) -> Step<()> {
         let [ttl, protocol] = packet.load::<[u8; 2]>(l3 + offset_of!(Ipv4Hdr, ttl))?;
@@ -31,6 +39,12 @@ impl TimeToLive for V4 {
 }
 
 impl TimeToLive for V6 {
+    #[inline(always)]
+    fn expires<P: Packet>(packet: &P, l3: usize) -> Step<bool> {
+        let [_, limit] = packet.load::<[u8; 2]>(l3 + offset_of!(Ipv6Hdr, next_hdr))?;
+        Ok(limit <= 1)
+    }
+
     #[inline(always)]
     fn decrement<P: Packet>(packet: &P, l3: usize) -> Step<()> {
         let [next, limit] = packet.load::<[u8; 2]>(l3 + offset_of!(Ipv6Hdr, next_hdr))?;

@@ -147,6 +147,7 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
 
 fn set_node(reconciler: &mut Reconciler<Kernel>, node: &mut watch::Receiver<Arc<Node>>) {
     let node = Arc::clone(&node.borrow_and_update());
+    reconciler.set_sources(&node.addresses);
     reconciler.set_node_addresses(node.addresses.clone(), node.primary_addresses());
 }
 

@@ -10,6 +10,7 @@ use tracing::warn;
 
 use crate::dataplane::attach::{Attacher, EdgeStatus};
 use crate::dataplane::edges::{EdgeSettings, Refused, choose};
+use crate::dataplane::links::{self, Links};
 use crate::node::Node;
 
 /// How often everything attached is looked at: somebody may have removed it.
@@ -32,6 +33,7 @@ pub(super) struct Report {
 /// unallocated service addresses.
 pub(super) async fn run(
     mut attacher: Attacher,
+    mut links: Links,
     settings: EdgeSettings,
     mut node: watch::Receiver<Arc<Node>>,
     mut begin: watch::Receiver<bool>,
@@ -62,6 +64,16 @@ pub(super) async fn run(
         }
         refused.clone_from(&choice.refused);
         attacher.apply(&choice, verify).await;
+        let runs_xdp = attacher.runs_xdp();
+        let linked = links.apply(&links::wanted(&current, |ifindex| {
+            runs_xdp.contains(&ifindex)
+        }));
+        if let Err(error) = &linked {
+            warn!(
+                error = error as &dyn std::error::Error,
+                "interface not entered; tried again"
+            );
+        }
         report.send_replace(Report {
             attached: true,
             edges: attacher.status().cloned().collect(),
@@ -73,7 +85,7 @@ pub(super) async fn run(
                 Err(error) => warn!(%error, "pins of another layout not removed; tried again"),
             }
         }
-        let next = if attacher.incomplete() {
+        let next = if attacher.incomplete() || linked.is_err() {
             verify_at.min(Instant::now() + RETRY)
         } else {
             verify_at

@@ -42,6 +42,7 @@ use crate::compile::CompileOptions;
 use crate::dataplane::attach::{AttachError, Attacher, TcHook};
 use crate::dataplane::edges::EdgeSettings;
 use crate::dataplane::kernel::Kernel;
+use crate::dataplane::links::{Links, LinksError};
 use crate::dataplane::loader::{self, LoadError, Programs};
 use crate::dataplane::pins::{PinError, PinLock, Pins};
 use crate::dataplane::sizes::{MapSizes, SizeOverride};
@@ -110,7 +111,11 @@ pub enum AppError {
     #[error(transparent)]
     Attach(#[from] AttachError),
     #[error(transparent)]
+    Links(#[from] LinksError),
+    #[error(transparent)]
     Node(#[from] NodeError),
+    #[error(transparent)]
+    Ports(#[from] node::snat_ports::PortsError),
     #[error(transparent)]
     Admin(#[from] AdminError),
     #[error("{operation}")]
@@ -149,6 +154,8 @@ pub async fn run(settings: Settings) -> Result<(), AppError> {
     let standalone = Standalone::open(&settings.standalone)?;
     let admin = Admin::open(&settings.admin_socket).await?;
 
+    let ports = settings.config.snat_first..=settings.config.snat_last;
+    node::snat_ports::check(&ports)?;
     let prepared = Prepared::new(&settings)?;
     let reconciler = Reconciler::new(
         reconcile::Settings {
@@ -309,6 +316,7 @@ async fn start(
         "edges",
         edges::run(
             attacher,
+            Links::open(pins)?,
             edge_settings,
             node.clone(),
             begin,

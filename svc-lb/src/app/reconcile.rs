@@ -181,6 +181,11 @@ impl<D: Dataplane> Reconciler<D> {
         ports::select(&self.node_ports, addresses, primary)
     }
 
+    /// Says which addresses translated sources may have.
+    pub fn set_sources(&mut self, addresses: &BTreeSet<IpAddr>) {
+        self.planner.set_sources(addresses.iter().copied());
+    }
+
     /// Writes what is pending, unless a failure a moment ago forbids it. Returns when to come
     /// again although nothing changed.
     pub fn apply(&mut self, now: Instant) -> Option<Instant> {

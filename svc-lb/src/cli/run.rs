@@ -14,7 +14,7 @@ use svc_lb_common::hash::text_hash;
 use super::Global;
 use super::args::EdgeArgs;
 use crate::app::{self, Settings};
-use crate::compile::{CompileOptions, MaglevOptions, OutsideReach};
+use crate::compile::{CompileOptions, MaglevOptions};
 use crate::dataplane::attach::TcHook;
 use crate::dataplane::sizes::SizeOverride;
 use crate::health::proxy::Bind;
@@ -113,6 +113,8 @@ pub(super) struct Args {
     selection: SelectionArgs,
     #[command(flatten)]
     health: HealthArgs,
+    #[command(flatten)]
+    source: SourceArgs,
     #[command(flatten)]
     control_plane: ControlPlaneArgs,
     #[command(flatten)]
@@ -223,6 +225,43 @@ struct HealthArgs {
         default_value = "30s"
     )]
     sync_period: Duration,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Translated sources")]
+struct SourceArgs {
+    /// Whose packets from outside get this node's address as their source: those to a backend of
+    /// another node, or all but those that externalTrafficPolicy Local covers, as with kube-proxy
+    #[arg(
+        long,
+        value_name = "WHEN",
+        env = "SVC_LB_EXTERNAL_SNAT",
+        value_enum,
+        default_value_t
+    )]
+    external_snat: ExternalSnat,
+    /// Give pods' packets to a ClusterIP this node's address as their source, too
+    #[arg(long, env = "SVC_LB_MASQUERADE_ALL")]
+    masquerade_all: bool,
+    /// Ports of translated sources; none that this node's own connections may have
+    #[arg(
+        long,
+        value_name = "FIRST-LAST",
+        env = "SVC_LB_SNAT_PORTS",
+        value_parser = ports,
+        default_value = "61000-65535"
+    )]
+    snat_ports: RangeInclusive<u16>,
+}
+
+/// `--external-snat`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum ExternalSnat {
+    /// A backend of this node sees the client's address.
+    #[default]
+    RemoteOnly,
+    /// Every backend sees this node's address.
+    Always,
 }
 
 #[derive(Debug, clap::Args)]
@@ -349,6 +388,12 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
             healthz_bind_address,
             sync_period,
         },
+        source:
+            SourceArgs {
+                external_snat,
+                masquerade_all,
+                snat_ports,
+            },
         control_plane:
             ControlPlaneArgs {
                 service_cidr,
@@ -384,6 +429,13 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
     if external_ips == ExternalIps::Outside {
         config.bits |= config::EXTERNAL_IPS_OUTSIDE;
     }
+    if external_snat == ExternalSnat::Always {
+        config.bits |= config::SNAT_ALWAYS;
+    }
+    if masquerade_all {
+        config.bits |= config::MASQUERADE_ALL;
+    }
+    (config.snat_first, config.snat_last) = (*snat_ports.start(), *snat_ports.end());
     if datapath_log {
         config.bits |= config::DIAGNOSTICS;
     }
@@ -398,7 +450,6 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         },
         compile: CompileOptions {
             proxy_name: service_proxy_name,
-            outside_reaches: OutsideReach::LocalBackends,
             ignore_external_ips: external_ips == ExternalIps::Off,
             algorithm: lb_algorithm.into(),
             maglev: MaglevOptions {

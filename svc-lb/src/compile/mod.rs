@@ -25,25 +25,12 @@ use crate::model::{
     TrafficPolicy,
 };
 
-/// Which backends clients outside the cluster can be sent to.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
-pub enum OutsideReach {
-    /// Those on this node only, whatever externalTrafficPolicy says: the answers of others would
-    /// not come back through this node.
-    LocalBackends,
-    /// Those that externalTrafficPolicy allows.
-    #[default]
-    Any,
-}
-
 /// What an operator or the dataplane's abilities decide, for all Services alike.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct CompileOptions {
     /// Handle the objects whose label `service.kubernetes.io/service-proxy-name` is this; those
     /// without the label where none (SEMANTICS A4).
     pub proxy_name: Option<String>,
-    /// Where clients outside the cluster can be sent.
-    pub outside_reaches: OutsideReach,
     /// Nobody is served at `spec.externalIPs`.
     pub ignore_external_ips: bool,
     /// How flows of Services without an annotation find their backend (SEMANTICS F10).
@@ -188,22 +175,15 @@ fn compile_port(
     let frontends = frontends::of_port(service, port, family, options);
     let external = frontends::externally_accessible(&frontends);
     let internal_local = service.internal_policy == TrafficPolicy::Local;
-    let policy_local = external && service.external_policy == TrafficPolicy::Local;
-    let local_only = options.outside_reaches == OutsideReach::LocalBackends;
-    let restricted = external && local_only;
-    let external_local = policy_local || restricted;
+    let external_local = external && service.external_policy == TrafficPolicy::Local;
     let usage = Usage {
         cluster: !internal_local || external,
-        // Clients outside may use a ClusterIP too, where a route leads it here.
-        local: internal_local || external_local || local_only,
+        local: internal_local || external_local,
     };
 
     let mut notes = notes.port(port, family);
     if port.protocol == Protocol::Sctp {
         notes.add(Reason::ProtocolNotProgrammed);
-    }
-    if restricted && !policy_local {
-        notes.add(Reason::OutsideReachesLocalBackendsOnly);
     }
     let source_ranges = frontends::source_ranges(service, &frontends, family, node);
     let set = endpoints::categorize(port, family, slices, node, usage, &mut notes);

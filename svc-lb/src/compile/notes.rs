@@ -63,8 +63,6 @@ pub enum Reason {
     SourceRangesOfOtherFamily,
     /// Compiled, but the dataplane has no SCTP yet.
     ProtocolNotProgrammed,
-    /// externalTrafficPolicy Cluster is treated as Local for clients outside the cluster.
-    OutsideReachesLocalBackendsOnly,
     /// Another proxy's slice, by label (SEMANTICS A4).
     ForeignSlice {
         /// The slice.
@@ -181,10 +179,6 @@ impl fmt::Display for Reason {
                 "loadBalancerSourceRanges has no range of this family: everyone is admitted",
             ),
             Self::ProtocolNotProgrammed => f.write_str("SCTP is not programmed yet"),
-            Self::OutsideReachesLocalBackendsOnly => f.write_str(
-                "clients outside the cluster reach backends on this node only, \
-                 although externalTrafficPolicy is Cluster",
-            ),
             Self::ForeignSlice { slice, label } => write!(
                 f,
                 "slice {slice} is not ours: label service.kubernetes.io/service-proxy-name is {}",

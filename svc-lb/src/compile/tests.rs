@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use svc_lb_common::{Family, Protocol};
 
 use super::{
-    CompileOptions, Compiled, MaglevOptions, OutsideReach, Reason, TopologyMode, compile,
+    CompileOptions, Compiled, MaglevOptions, Reason, TopologyMode, compile,
     desired::{DesiredPort, Frontend, FrontendAddress, FrontendKind, Selection},
 };
 use crate::model::{
@@ -816,40 +816,6 @@ fn c7_policies_are_independent() {
         assert_eq!(in_local, expected(local, &["10.244.1.5:8080"]), "{context}");
         assert_eq!(desired.internal_local, internal == Local, "{context}");
         assert_eq!(desired.external_local, external_local, "{context}");
-    }
-}
-
-/// Until answers of remote backends come back through this node, outside clients get local ones;
-/// said wherever the policy says otherwise.
-#[test]
-fn outside_reaches_local_backends_only() {
-    let options = CompileOptions {
-        outside_reaches: OutsideReach::LocalBackends,
-        ..CompileOptions::default()
-    };
-    let slices = [slice(
-        "web-1",
-        "web",
-        vec![
-            endpoint("10.244.1.5", "node-a"),
-            endpoint("10.244.2.5", "node-b"),
-        ],
-    )];
-    for (accessible, policy, restricted) in [
-        (true, TrafficPolicy::Cluster, true),
-        (true, TrafficPolicy::Local, false),
-        (false, TrafficPolicy::Cluster, false),
-    ] {
-        let mut web = service("web", &["10.96.0.10"]);
-        web.external_policy = policy;
-        web.ports[0].node_port = accessible.then(|| port(30123));
-        let compiled = compile(&web, &slices, &node(), &options);
-        assert_eq!(compiled.ports[0].external_local, accessible);
-        assert_eq!(sets(&compiled.ports[0]).0.len(), 2);
-        // Also behind a ClusterIP alone: a route may lead outside clients to it.
-        assert_eq!(sets(&compiled.ports[0]).1.len(), 1);
-        let said = reasons(&compiled).contains(&Reason::OutsideReachesLocalBackendsOnly);
-        assert_eq!(said, restricted);
     }
 }
 

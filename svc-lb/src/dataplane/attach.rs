@@ -3,7 +3,7 @@
 //! Everything outlives the agent: tcx and XDP links are pinned, clsact filters stay by themselves.
 //! The next agent replaces the programs in place, so that no packet passes without one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd};
@@ -204,6 +204,16 @@ impl Attacher {
         self.attached
             .values()
             .any(|edge| edge.status.error.is_some())
+    }
+
+    /// Interfaces that `xdp_ingress` runs on.
+    #[must_use]
+    pub fn runs_xdp(&self) -> BTreeSet<u32> {
+        self.written
+            .iter()
+            .filter(|(_, edge)| edge.bits & edge::XDP != 0)
+            .map(|(ifindex, _)| *ifindex)
+            .collect()
     }
 
     /// Interfaces that have something of ours and should not.

@@ -23,6 +23,7 @@ pub mod clsact;
 pub mod edges;
 pub mod faulty;
 pub mod kernel;
+pub mod links;
 pub mod loader;
 pub mod memory;
 pub mod pins;

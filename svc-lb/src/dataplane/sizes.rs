@@ -59,6 +59,7 @@ impl MapSizes {
             (name::SERVICES, limits::SERVICES),
             (name::SLOTS, limits::SLOT_WORDS),
             (name::EDGES, limits::EDGES),
+            (name::LINKS, limits::LINKS),
         ]);
         let families = [
             (name::FRONTENDS, limits::FRONTENDS),

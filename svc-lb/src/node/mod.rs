@@ -3,11 +3,12 @@
 pub mod health;
 pub mod ports;
 mod read;
+pub mod snat_ports;
 mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::Serialize;
 use thiserror::Error;
@@ -75,13 +76,42 @@ pub struct Node {
     pub links: BTreeMap<u32, Link>,
     /// Local addresses but loopback and IPv6 link-local ones: where NodePorts can be served.
     pub addresses: BTreeSet<IpAddr>,
-    /// Those of each interface that are not secondary ones, in the kernel's order.
+    /// Those of each interface that packets can leave with, in the kernel's order: not secondary,
+    /// deprecated or still being checked.
     pub first_addresses: BTreeMap<u32, Vec<IpAddr>>,
     /// Interfaces that a default route of the main table leaves through.
     pub default_routes: BTreeSet<u32>,
 }
 
+/// An address of each family.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct Sources {
+    /// IPv4's.
+    pub v4: Option<Ipv4Addr>,
+    /// IPv6's.
+    pub v6: Option<Ipv6Addr>,
+}
+
 impl Node {
+    /// The source of packets that leave through an interface: its own first address, or, where it
+    /// has none, as pods' interfaces, that of an interface with a default route, or of any.
+    #[must_use]
+    pub fn source_on(&self, link: u32) -> Sources {
+        let uplinks = self
+            .default_routes
+            .iter()
+            .filter_map(|link| self.first_addresses.get(link));
+        let addresses = self.first_addresses.get(&link).into_iter().chain(uplinks);
+        let mut sources = Sources::default();
+        for address in addresses.chain(self.first_addresses.values()).flatten() {
+            match address {
+                IpAddr::V4(address) => sources.v4 = sources.v4.or(Some(*address)),
+                IpAddr::V6(address) => sources.v6 = sources.v6.or(Some(*address)),
+            }
+        }
+        sources
+    }
+
     /// What the node is known by unless its Node object says otherwise: of each family the first
     /// address of the first interface with a default route that has one.
     #[must_use]

@@ -53,6 +53,12 @@ pub(super) async fn links(handle: &Handle) -> Result<BTreeMap<u32, Link>, NodeEr
         .map_err(|source| list("interfaces", source))
 }
 
+/// Addresses that packets should not leave with. (Secondary and IPv6's temporary ones have one bit.)
+const UNFIT: AddressHeaderFlags = AddressHeaderFlags::Secondary
+    .union(AddressHeaderFlags::Deprecated)
+    .union(AddressHeaderFlags::Tentative)
+    .union(AddressHeaderFlags::Dadfailed);
+
 /// All addresses, and the first ones of each interface.
 pub(super) async fn addresses(
     handle: &Handle,
@@ -65,7 +71,7 @@ pub(super) async fn addresses(
             let (all, first): (_, &mut BTreeMap<u32, Vec<IpAddr>>) = (&mut found.0, &mut found.1);
             if let Some(address) = local_address(&message).filter(serves_node_ports) {
                 all.insert(address);
-                if !message.header.flags.contains(AddressHeaderFlags::Secondary) {
+                if !message.header.flags.intersects(UNFIT) {
                     first.entry(message.header.index).or_default().push(address);
                 }
             }

@@ -105,6 +105,7 @@ pub struct Planner {
     ports: BTreeMap<u32, Port>,
     /// Words of free indexes that are not all zero.
     idle: BTreeMap<u32, Service>,
+    sources: BTreeSet<IpAddr>,
     node: BTreeSet<IpAddr>,
     node_claimed: BTreeSet<IpAddr>,
     node_dirty: bool,
@@ -154,6 +155,7 @@ impl Planner {
             named: BTreeMap::new(),
             ports: BTreeMap::new(),
             idle: BTreeMap::new(),
+            sources: BTreeSet::new(),
             node: BTreeSet::new(),
             node_claimed: BTreeSet::new(),
             node_dirty: false,
@@ -202,6 +204,20 @@ impl Planner {
             .collect();
         self.node_dirty = true;
         self.frontends.node_is_known();
+    }
+
+    /// Says which addresses translated sources may have: answers to them must get past the guard.
+    pub fn set_sources(&mut self, addresses: impl IntoIterator<Item = IpAddr>) {
+        let sources: BTreeSet<IpAddr> = addresses.into_iter().collect();
+        let words = self.sizes.guard_words;
+        let bit = |address: &IpAddr| GuardBit::address(*address, guard_bits::NODE, words);
+        for new in sources.difference(&self.sources) {
+            self.guard.hold(bit(new));
+        }
+        for gone in self.sources.difference(&sources) {
+            self.guard.release(bit(gone));
+        }
+        self.sources = sources;
     }
 
     /// Says that the initial lists are complete: what is programmed and was not claimed until now

@@ -127,6 +127,12 @@ impl Netlink {
         )
     }
 
+    /// Sets an interface's MTU, bytes from the network header on.
+    pub fn mtu(&self, name: &str, mtu: u32) -> Result<()> {
+        let index = self.index(name)?;
+        self.set(name, LinkUnspec::new_with_index(index).mtu(mtu).build())
+    }
+
     /// Removes an interface, for a veth both ends.
     pub fn remove(&self, name: &str) -> Result<()> {
         let index = self.index(name)?;

@@ -12,10 +12,10 @@ use svc_lb::plan;
 use svc_lb_common::outcome::{Hook, Outcome};
 
 use super::frame::Frame;
-use super::network::Network;
+use super::network::{BRIDGE_SOURCES, Network, STRANGER, UPLINK, XDP_UPLINK};
 use super::random::{self, Packet, SERVICES, Traffic};
 use super::reference::{Answer, Reference};
-use super::rig::{Count, Counters, Rig, Setup, edges};
+use super::rig::{Count, Counters, Rig, Setup, edges, links};
 
 /// Packets between comparisons of the counters, unless every packet's are wanted.
 const BATCH: usize = 64;
@@ -84,7 +84,7 @@ impl Round {
             ..random::setup(&mut rng)
         };
         let rig = Rig::with(network, &setup);
-        let reference = Reference::new(rig.config, edges(network));
+        let reference = Reference::new(rig.config, edges(network), links(network));
         let mut round = Self {
             rig,
             reference,
@@ -97,6 +97,9 @@ impl Round {
             .rig
             .planner
             .set_node_addresses(random::node_addresses());
+        let outs = [UPLINK, XDP_UPLINK, STRANGER].map(|out| out.sources);
+        let sources = outs.into_iter().flatten().chain(BRIDGE_SOURCES);
+        round.rig.planner.set_sources(sources);
         for number in 0..SERVICES {
             round.describe(number);
         }

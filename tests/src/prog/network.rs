@@ -25,8 +25,91 @@ pub struct Network {
     pub bridged_pod: u32,
     /// The bridge.
     pub bridge: u32,
-    /// No edge.
+    /// No edge, but a way out that XDP may take.
     pub stranger: u32,
+}
+
+/// An interface by its name's constant and what leaves through it.
+#[derive(Clone, Copy, Debug)]
+pub struct Out {
+    /// Its name.
+    name: &'static str,
+    /// Its MAC address.
+    pub mac: Mac,
+    /// The address that a translated source gets on it, IPv4 and IPv6.
+    pub sources: [IpAddr; 2],
+    /// The router behind it.
+    gateways: [IpAddr; 2],
+    /// The router's MAC address.
+    pub router: Mac,
+}
+
+const fn out(name: &'static str, number: u8) -> Out {
+    Out {
+        name,
+        mac: [2, 0, 0, 0, number, 1],
+        sources: [v4(192, 168, number, 10), wide6(number, 10)],
+        gateways: [v4(192, 168, number, 1), wide6(number, 1)],
+        router: [2, 0, 0, 0, number, 254],
+    }
+}
+
+/// What leaves through [`Network::uplink`].
+pub const UPLINK: Out = out("eth0", 70);
+/// What leaves through [`Network::xdp_uplink`].
+pub const XDP_UPLINK: Out = out("eth1", 77);
+/// What leaves through [`Network::stranger`].
+pub const STRANGER: Out = out("tap0", 79);
+/// The bridge's own addresses.
+pub const BRIDGE_SOURCES: [IpAddr; 2] = [v4(10, 244, 1, 254), v6(0x1_00fe)];
+/// MTU of [`Network::stranger`]; every other interface has Ethernet's.
+pub const SMALL_MTU: u16 = 1_280;
+
+/// Where packets to other hosts go: the longest prefix counts.
+const ROUTES: [(IpAddr, u8, Out); 12] = [
+    (v4(172, 16, 1, 10), 32, XDP_UPLINK),
+    (v4(172, 16, 1, 11), 32, XDP_UPLINK),
+    (v4(172, 16, 1, 12), 32, UPLINK),
+    (v4(172, 16, 1, 13), 32, STRANGER),
+    (v4(172, 16, 2, 0), 24, XDP_UPLINK),
+    (v4(172, 16, 2, 21), 32, UPLINK),
+    (host6(1, 10), 128, XDP_UPLINK),
+    (host6(1, 11), 128, XDP_UPLINK),
+    (host6(1, 12), 128, UPLINK),
+    (host6(1, 13), 128, STRANGER),
+    (host6(2, 0), 64, XDP_UPLINK),
+    (host6(2, 21), 128, UPLINK),
+];
+
+/// The way that packets to an address take, as the routes say.
+#[derive(Clone, Copy, Debug)]
+pub enum Hop {
+    /// To the router behind an interface.
+    Router(Out),
+    /// Onto the bridge; the neighbour's MAC address where it is known.
+    Bridge(Option<Mac>),
+    /// Nowhere.
+    None,
+}
+
+/// The way to an address.
+#[must_use]
+pub fn hop(to: IpAddr) -> Hop {
+    if let Some((_, mac)) = NEIGHBOURS.iter().find(|(address, _)| *address == to) {
+        return Hop::Bridge(Some(*mac));
+    }
+    if UNKNOWN_NEIGHBOURS.contains(&to) {
+        return Hop::Bridge(None);
+    }
+    let matches = |net: IpAddr, length: u8| {
+        let net = ipnet::IpNet::new(net, length).expect("a length of the family");
+        net.contains(&to)
+    };
+    ROUTES
+        .iter()
+        .filter(|(net, length, _)| matches(*net, *length))
+        .max_by_key(|(_, length, _)| *length)
+        .map_or(Hop::None, |(_, _, out)| Hop::Router(*out))
 }
 
 /// Addresses behind the bridge whose neighbour is known, and its MAC address.
@@ -52,6 +135,27 @@ const fn v6(low: u32) -> IpAddr {
     let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
     IpAddr::V6(std::net::Ipv6Addr::new(
         0xfd00, 0x10, 0x244, 0, 0, 0, high, low,
+    ))
+}
+
+/// `2001:db8:NET::HOST`.
+const fn host6(net: u16, host: u16) -> IpAddr {
+    IpAddr::V6(std::net::Ipv6Addr::new(
+        0x2001, 0xdb8, net, 0, 0, 0, 0, host,
+    ))
+}
+
+/// `fd00:NUMBER::HOST`.
+const fn wide6(number: u8, host: u8) -> IpAddr {
+    IpAddr::V6(std::net::Ipv6Addr::new(
+        0xfd00,
+        number as u16,
+        0,
+        0,
+        0,
+        0,
+        0,
+        host as u16,
     ))
 }
 
@@ -99,27 +203,47 @@ fn build() -> anyhow::Result<(Network, Netlink)> {
     }
     let netlink = Netlink::open()?;
     let here = fs::File::open("/proc/thread-self/ns/net")?;
-    let interface = |name: &str| -> anyhow::Result<u32> {
+    let interface = |name: &str, mac: Option<Mac>| -> anyhow::Result<u32> {
         let far = format!("{name}-far");
-        let end = |name| End { name, mac: None };
-        netlink.veth(end(name), end(&far), here.as_fd())?;
+        netlink.veth(
+            End { name, mac },
+            End {
+                name: &far,
+                mac: None,
+            },
+            here.as_fd(),
+        )?;
         netlink.up(name)?;
         netlink.up(&far)?;
         netlink.index(name)
     };
+    let out = |out: Out| -> anyhow::Result<u32> {
+        let index = interface(out.name, Some(out.mac))?;
+        for ((gateway, source), length) in out.gateways.into_iter().zip(out.sources).zip([24, 64]) {
+            netlink.address(out.name, source, length)?;
+            netlink.neighbour(out.name, gateway, out.router)?;
+        }
+        Ok(index)
+    };
     netlink.bridge(BRIDGE)?;
     let network = Network {
-        uplink: interface("eth0")?,
-        xdp_uplink: interface("eth1")?,
-        pod: interface("veth0")?,
-        other_pod: interface("veth1")?,
-        bridged_pod: interface("veth2")?,
-        stranger: interface("tap0")?,
+        uplink: out(UPLINK)?,
+        xdp_uplink: out(XDP_UPLINK)?,
+        pod: interface("veth0", None)?,
+        other_pod: interface("veth1", None)?,
+        bridged_pod: interface("veth2", None)?,
+        stranger: out(STRANGER)?,
         bridge: netlink.index(BRIDGE)?,
     };
     netlink.bridge_port(BRIDGE, "veth2")?;
     for (net, length) in BRIDGED_NET {
         netlink.route(net, length, Via::link(BRIDGE))?;
+    }
+    netlink.mtu(STRANGER.name, u32::from(SMALL_MTU))?;
+    for (net, length, out) in ROUTES {
+        let [v4, v6] = out.gateways;
+        let gateway = if net.is_ipv4() { v4 } else { v6 };
+        netlink.route(net, length, Via::gateway(out.name, gateway))?;
     }
     for (address, mac) in NEIGHBOURS {
         netlink.neighbour(BRIDGE, address, mac)?;

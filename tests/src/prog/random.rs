@@ -6,8 +6,8 @@ use fastrand::Rng;
 use ipnet::IpNet;
 use svc_lb::compile::desired::{Backend, DesiredPort, FrontendKind, Selection};
 use svc_lb_common::config::{
-    Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, OUTSIDE_LOCAL, REJECT_NO_LOCAL,
-    REJECT_UNDEFINED_PORT,
+    Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, MASQUERADE_ALL, REJECT_NO_LOCAL,
+    REJECT_UNDEFINED_PORT, SNAT_ALWAYS,
 };
 use svc_lb_common::outcome::Hook;
 use svc_lb_common::{Addr4, Addr6, Family, Protocol};
@@ -71,7 +71,12 @@ pub fn setup(rng: &mut Rng) -> Setup {
     for bit in [REJECT_UNDEFINED_PORT, DROP_UNALLOCATED] {
         bits |= if rng.u8(..4) > 0 { bit } else { 0 };
     }
-    for bit in [REJECT_NO_LOCAL, OUTSIDE_LOCAL, EXTERNAL_IPS_OUTSIDE] {
+    for bit in [
+        REJECT_NO_LOCAL,
+        SNAT_ALWAYS,
+        MASQUERADE_ALL,
+        EXTERNAL_IPS_OUTSIDE,
+    ] {
         bits |= if rng.u8(..3) == 0 { bit } else { 0 };
     }
     let mut config = Config {
@@ -445,6 +450,7 @@ impl Traffic {
         let (hook, interface, frame) = match seen {
             Some(seen) if rng.bool() => {
                 let hairpin = seen.source.ip() == sent.destination.ip();
+                let translated = !hairpin && seen.source.ip() != sent.source.ip();
                 let mut answer = seen.answer(match rng.u8(..4) {
                     0 => flags,
                     _ => flags::SYN | flags::ACK,
@@ -453,6 +459,20 @@ impl Traffic {
                 miscount(rng, &mut answer);
                 if hairpin {
                     (*hook, *interface, answer)
+                } else if translated {
+                    let Network {
+                        uplink,
+                        xdp_uplink,
+                        pod,
+                        ..
+                    } = self.network;
+                    let comes = [
+                        (Hook::XdpIngress, xdp_uplink),
+                        (Hook::TcIngress, uplink),
+                        (Hook::TcIngress, pod),
+                    ];
+                    let (hook, interface) = rng.choice(comes).expect("an edge");
+                    (hook, interface, answer)
                 } else {
                     let leaves = [self.network.uplink, self.network.pod, *interface];
                     (

@@ -14,20 +14,21 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use svc_lb::dataplane::{
     BackendRecord, FrontendAt, FrontendValue, GuardBit, Snapshot, SourceRange,
 };
-use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL, SERVING};
+use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL, LOCAL, SERVING};
 use svc_lb_common::config::{
-    Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, OUTSIDE_LOCAL, REJECT_NO_LOCAL,
-    REJECT_UNDEFINED_PORT,
+    Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, MASQUERADE_ALL, REJECT_NO_LOCAL,
+    REJECT_UNDEFINED_PORT, SNAT_ALWAYS,
 };
 use svc_lb_common::edge::{self, Edge};
 use svc_lb_common::guard::{self, BACKEND, FRONTEND, NODE};
 use svc_lb_common::hash::{M1, flow_hash, mix, scale};
+use svc_lb_common::link::{self, Link};
 use svc_lb_common::outcome::{Event, Fate, Hook, Outcome};
 use svc_lb_common::service::{Range, Service, flag, kind};
 use svc_lb_common::{Addr4, Addr6, Be16, Family, Protocol};
 
 use super::frame::{ETHERNET, QINQ, VLAN, flags, next, octets, pseudo_sum, word};
-use super::network::NEIGHBOURS;
+use super::network::{BRIDGE_SOURCES, Hop, NEIGHBOURS, Out, hop};
 use super::rig::Verdict;
 use crate::lab::netlink::Mac;
 
@@ -60,6 +61,7 @@ const QUOTE: usize = 128;
 pub struct Reference {
     config: Config,
     edges: BTreeMap<u32, Edge>,
+    links: BTreeMap<u32, Link>,
     tables: Tables,
     flows: Flows,
     pins: HashMap<(IpAddr, u32), Pin>,
@@ -141,6 +143,8 @@ struct Connection {
     /// Id, generation and service; none of a direct connection.
     member: Option<(u32, u16, u32)>,
     hairpin: bool,
+    /// The backend sees this node as the client.
+    snat: bool,
     bridged: bool,
     affine: bool,
     /// Began with a SYN.
@@ -175,7 +179,11 @@ impl Connection {
 
     const fn backend_tuple(&self) -> Tuple {
         Tuple {
-            way: if self.hairpin { Way::In } else { Way::Out },
+            way: if self.hairpin || self.snat {
+                Way::In
+            } else {
+                Way::Out
+            },
             protocol: self.protocol,
             source: self.backend,
             destination: self.seen,
@@ -307,10 +315,15 @@ struct Payload {
 impl Reference {
     /// A dataplane without services and flows.
     #[must_use]
-    pub fn new(config: Config, edges: impl IntoIterator<Item = (u32, Edge)>) -> Self {
+    pub fn new(
+        config: Config,
+        edges: impl IntoIterator<Item = (u32, Edge)>,
+        links: impl IntoIterator<Item = (u32, Link)>,
+    ) -> Self {
         Self {
             config,
             edges: edges.into_iter().collect(),
+            links: links.into_iter().collect(),
             tables: Tables::default(),
             flows: Flows::default(),
             pins: HashMap::new(),
@@ -431,9 +444,62 @@ impl Reference {
         let read = transport(at, &ip, &payload, Way::In)?;
         self.guard_ports(hints, &read)?;
         match self.route(at, hints, &read, events)? {
-            Exit::Refuse => self.refuse(at.frame, &read),
+            Exit::Refuse => self.tell(at, &read, Outcome::Rejected),
+            Exit::Along(id, side, outcome) if self.flows.connections[&id].snat => {
+                self.send_away(at, &read, id, side, outcome)
+            }
             Exit::Along(id, side, outcome) => self.send_on(at, &read, id, side, outcome),
         }
+    }
+
+    /// Translates a packet of a flow whose backend sees this node, and sends it out by the routes.
+    fn send_away(
+        &mut self,
+        at: At<'_>,
+        read: &Read,
+        id: u64,
+        side: Side,
+        outcome: Outcome,
+    ) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let translation = self.flows.connections[&id].translation(side);
+        let xdp = at.hook == Hook::XdpIngress;
+        let (mac, router, interface) = match hop(translation[1].ip()) {
+            Hop::None => return Err(Outcome::NoRoute),
+            Hop::Router(out) => (out.mac, out.router, self.interface_of(&out)),
+            // XDP cannot send onto a bridge.
+            Hop::Bridge(_) if xdp => return Err(Outcome::LeftToTc),
+            Hop::Bridge(_) => (Mac::default(), Mac::default(), 0),
+        };
+        let same = interface == at.interface;
+        let takes = || {
+            self.links
+                .get(&interface)
+                .is_some_and(|link| link.bits & link::XDP != 0)
+        };
+        if xdp && (read.l3 != 14 || !same && !takes()) {
+            return Err(Outcome::LeftToTc);
+        }
+        let mut frame = at.frame.to_vec();
+        translate(&mut frame, read, translation);
+        if !hop_taken(&mut frame, read) {
+            return self.tell(at, read, Outcome::TimeExceeded);
+        }
+        if !xdp {
+            // The neighbour's address comes later.
+            return Ok((Verdict::Back, outcome, frame));
+        }
+        put(&mut frame, 0, &[router, mac].concat());
+        let verdict = if same { Verdict::Back } else { Verdict::Away };
+        Ok((verdict, outcome, frame))
+    }
+
+    /// The interface that has these sources.
+    fn interface_of(&self, out: &Out) -> u32 {
+        let has = |link: &Link| IpAddr::from(Ipv4Addr::from(link.v4)) == out.sources[0];
+        self.links
+            .iter()
+            .find(|(_, link)| has(link))
+            .map_or(0, |(index, _)| *index)
     }
 
     /// Leaves the node's own traffic and ordinary packets to pods alone.
@@ -484,10 +550,11 @@ impl Reference {
     /// Notes a packet along a flow; a client's after the backend's answer confirms it.
     fn follow(&mut self, id: u64, side: Side, read: &Read, events: &mut Vec<Event>) -> Exit {
         let connection = self.flows.connections.get_mut(&id).expect("it was found");
-        let outcome = if connection.established {
-            Outcome::Forward
-        } else {
-            Outcome::ForwardOpening
+        let outcome = match (connection.snat, side) {
+            (true, Side::Client) => Outcome::ForwardRemote,
+            (true, Side::Backend) => Outcome::ReverseRemote,
+            (false, _) if connection.established => Outcome::Forward,
+            (false, _) => Outcome::ForwardOpening,
         };
         self.note(id, side, read, events);
         let connection = self.flows.connections[&id];
@@ -580,7 +647,20 @@ impl Reference {
         }
         let (client, asked) = (read.tuple.source, read.tuple.destination);
         let hairpin = from_pod && backend.address.ip() == client.ip();
-        let seen_ip = if hairpin { asked.ip() } else { client.ip() };
+        let mut seen_ip = if hairpin { asked.ip() } else { client.ip() };
+        let mut snat = false;
+        if !hairpin && self.wants_source(&service, used, from_pod, &backend) {
+            let way = match hop(backend.address.ip()) {
+                Hop::Router(out) => Some(out.sources),
+                Hop::Bridge(_) => Some(BRIDGE_SOURCES),
+                // The stack may know.
+                Hop::None => None,
+            };
+            if let Some([v4, v6]) = way {
+                snat = true;
+                seen_ip = if client.is_ipv4() { v4 } else { v6 };
+            }
+        }
         let connection = Connection {
             protocol: read.tuple.protocol,
             client,
@@ -589,6 +669,7 @@ impl Reference {
             backend: backend.address,
             member: Some((id, backend.generation, index)),
             hairpin,
+            snat,
             bridged: edge.is_some_and(|edge| edge.bridge != 0),
             affine: service.affinity_seconds() != 0,
             syn: read.opens(),
@@ -601,7 +682,24 @@ impl Reference {
             evicted: None,
             stale: false,
         };
-        self.enter(connection, !(hairpin && used == kind::NODE_PORT), events)
+        let may_keep_port = !(snat || hairpin && used == kind::NODE_PORT);
+        self.enter(connection, may_keep_port, events)
+    }
+
+    /// Whether a backend must answer to this node.
+    const fn wants_source(
+        &self,
+        service: &Service,
+        used: u8,
+        from_pod: bool,
+        backend: &BackendRecord,
+    ) -> bool {
+        if from_pod {
+            return used == kind::CLUSTER_IP && self.is_on(MASQUERADE_ALL);
+        }
+        let remote = backend.bits & LOCAL == 0;
+        let kept = used != kind::CLUSTER_IP && service.flags() & flag::EXTERNAL_LOCAL != 0;
+        remote || !kept && self.is_on(SNAT_ALWAYS)
     }
 
     /// A SYN straight to a backend, where a flow has its tuple.
@@ -630,6 +728,7 @@ impl Reference {
             backend,
             member: None,
             hairpin: false,
+            snat: false,
             bridged: false,
             affine: false,
             syn: true,
@@ -804,7 +903,7 @@ impl Reference {
             kind::CLUSTER_IP => flags & flag::INTERNAL_LOCAL != 0,
             _ => outside && flags & flag::EXTERNAL_LOCAL != 0,
         };
-        let (range, bit) = if by_policy || outside && self.is_on(OUTSIDE_LOCAL) {
+        let (range, bit) = if by_policy {
             (service.local, IN_LOCAL)
         } else {
             (service.cluster, IN_CLUSTER)
@@ -868,7 +967,7 @@ impl Reference {
         let translation = connection.translation(side);
         translate(&mut frame, read, translation);
         if connection.hairpin {
-            if !hop(&mut frame, read) {
+            if !hop_taken(&mut frame, read) {
                 return Err(Outcome::TtlExceeded);
             }
             turn(&mut frame);
@@ -932,8 +1031,14 @@ impl Reference {
         Ok((Verdict::On, Outcome::Reverse, frame))
     }
 
-    /// Turns the packet into the ICMP error about it.
-    fn refuse(&mut self, frame: &[u8], read: &Read) -> Step<(Verdict, Outcome, Vec<u8>)> {
+    /// Turns the packet into the ICMP error that tells its sender of the outcome.
+    fn tell(
+        &mut self,
+        at: At<'_>,
+        read: &Read,
+        outcome: Outcome,
+    ) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let frame = at.frame;
         let (source, destination) = (read.tuple.source.ip(), read.tuple.destination.ip());
         if frame[0] & 1 != 0 || !is_one_host(source) || !is_one_host(destination) {
             return Err(Outcome::RejectSilent);
@@ -942,6 +1047,14 @@ impl Reference {
             return Err(Outcome::RejectLimited);
         }
         self.tokens -= 1;
+        let own = self.links.get(&at.interface).map(|link| match destination {
+            IpAddr::V4(_) => IpAddr::from(Ipv4Addr::from(link.v4)),
+            IpAddr::V6(_) => IpAddr::from(Ipv6Addr::from(link.v6)),
+        });
+        let speaker = match (outcome, own) {
+            (Outcome::TimeExceeded, Some(own)) => own,
+            _ => destination,
+        };
         let quoted = (read.l4 - read.l3 + 8).min(QUOTE);
         let quote = &frame[read.l3..read.l3 + quoted];
         let length = u16::try_from(8 + quoted).expect("a short quote");
@@ -952,7 +1065,7 @@ impl Reference {
             let mut header = vec![0x45, 0xc0];
             header.extend((20 + length).to_be_bytes());
             header.extend([0, 0, 0x40, 0, 64, next::ICMP, 0, 0]);
-            header.extend([octets(destination), octets(source)].concat());
+            header.extend([octets(speaker), octets(source)].concat());
             let check = checksum(&[&header]);
             put(&mut header, 10, &check);
             out.extend(header);
@@ -960,15 +1073,20 @@ impl Reference {
             out.extend([0x60, 0, 0, 0]);
             out.extend(length.to_be_bytes());
             out.extend([next::ICMP6, 64]);
-            out.extend([octets(destination), octets(source)].concat());
+            out.extend([octets(speaker), octets(source)].concat());
         }
-        let (kind, code) = if v4 { (3, 3) } else { (1, 4) };
+        let (kind, code) = match (outcome, v4) {
+            (Outcome::TimeExceeded, true) => (11, 0),
+            (Outcome::TimeExceeded, false) => (3, 0),
+            (_, true) => (3, 3),
+            (_, false) => (1, 4),
+        };
         let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
         message.extend(quote);
         let pseudo = if v4 {
             Vec::new()
         } else {
-            let mut pseudo = [octets(destination), octets(source)].concat();
+            let mut pseudo = [octets(speaker), octets(source)].concat();
             pseudo.extend(length.to_be_bytes());
             pseudo.extend([0, next::ICMP6]);
             pseudo
@@ -976,7 +1094,7 @@ impl Reference {
         let check = checksum(&[&pseudo, &message]);
         put(&mut message, 2, &check);
         out.extend(message);
-        Ok((Verdict::Back, Outcome::Rejected, out))
+        Ok((Verdict::Back, outcome, out))
     }
 
     const fn is_on(&self, bit: u32) -> bool {
@@ -1305,7 +1423,7 @@ fn adjust(frame: &mut [u8], at: usize, old: u64, new: u64, udp: bool) {
 }
 
 /// Takes one hop off, as a router does; false if none is left.
-fn hop(frame: &mut [u8], read: &Read) -> bool {
+fn hop_taken(frame: &mut [u8], read: &Read) -> bool {
     let v4 = read.tuple.source.is_ipv4();
     let at = read.l3 + if v4 { 8 } else { 7 };
     if frame[at] <= 1 {

@@ -19,10 +19,11 @@ use svc_lb_common::config::Config;
 use svc_lb_common::conntrack::{Flow, FlowKey, INBOUND, OUTBOUND, PROOF_SECONDS};
 use svc_lb_common::edge::{self, Edge};
 use svc_lb_common::limits::name;
+use svc_lb_common::link::{self, Link};
 use svc_lb_common::outcome::{Event, Hook, Outcome, Tally, counter};
 use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
 
-use super::network::Network;
+use super::network::{self, Network};
 use super::reference::{Tuple, Way};
 
 /// Jiffies per second as the programs are told: seconds are then long, so that nothing times out that a test does
@@ -38,8 +39,10 @@ const OUTPUT: usize = 4_096;
 pub enum Verdict {
     /// Onwards: XDP_PASS, or TC_ACT_UNSPEC, which leaves it to the next program.
     On,
-    /// Out again through the same interface.
+    /// Out again: through the same interface, or, at tc, which does not say so, through another.
     Back,
+    /// Out through another interface, at XDP.
+    Away,
     /// Dropped.
     Dropped,
 }
@@ -56,11 +59,12 @@ pub struct Setup {
 }
 
 /// Small enough to load quickly and read back whole, large enough that nothing is evicted.
-const SIZES: [(&str, u32); 14] = [
+const SIZES: [(&str, u32); 15] = [
     (name::GUARD, 256),
     (name::SERVICES, 64),
     (name::SLOTS, 1_024),
     (name::EDGES, 16),
+    (name::LINKS, 16),
     (name::FRONTENDS[0], 256),
     (name::FRONTENDS[1], 256),
     (name::BACKENDS[0], 512),
@@ -96,10 +100,6 @@ impl Default for Setup {
                 hz: HZ,
                 generate_rate: 0,
                 generate_burst: BURST,
-                // Outside clients select by policy: SEMANTICS' rules, not those of a version that
-                // cannot reach other nodes yet.
-                bits: svc_lb_common::config::REJECT_UNDEFINED_PORT
-                    | svc_lb_common::config::DROP_UNALLOCATED,
                 ..Config::DEFAULT
             },
             sizes: Vec::new(),
@@ -169,6 +169,11 @@ impl Rig {
         };
         for (index, edge) in edges(network) {
             rig.kernel.put_edge(index, &edge).expect("an edge is put");
+        }
+        let map = rig.ebpf.map_mut(name::LINKS).expect("the map is there");
+        let mut map: aya::maps::HashMap<_, u32, Link> = map.try_into().expect("a hash");
+        for (index, link) in links(network) {
+            map.insert(index, link, 0).expect("a link is put");
         }
         rig
     }
@@ -448,6 +453,31 @@ pub fn edges(network: &Network) -> [(u32, Edge); 5] {
     ]
 }
 
+/// The interfaces that packets may leave through, as the agent would enter them.
+#[must_use]
+pub fn links(network: &Network) -> [(u32, Link); 4] {
+    let link = |sources: [IpAddr; 2], bits| {
+        let [IpAddr::V4(v4), IpAddr::V6(v6)] = sources else {
+            panic!("IPv4 comes first: {sources:?}")
+        };
+        Link {
+            v4: v4.into(),
+            v6: v6.into(),
+            bits,
+            reserved: 0,
+        }
+    };
+    [
+        (network.uplink, link(network::UPLINK.sources, 0)),
+        (
+            network.xdp_uplink,
+            link(network::XDP_UPLINK.sources, link::XDP),
+        ),
+        (network.stranger, link(network::STRANGER.sources, link::XDP)),
+        (network.bridge, link(network::BRIDGE_SOURCES, 0)),
+    ]
+}
+
 fn map_set(ebpf: &Ebpf) -> MapSet {
     let fds = name::PINNED.into_iter().map(|name| {
         let map = ebpf.map(name).expect("the object has the map");
@@ -505,6 +535,7 @@ fn skb_context(interface: u32) -> Vec<u8> {
 fn verdict(hook: Hook, code: u32) -> Verdict {
     match (hook, code.cast_signed()) {
         (Hook::XdpIngress, 2) | (Hook::TcIngress | Hook::TcEgress, -1) => Verdict::On,
+        (Hook::XdpIngress, 4) => Verdict::Away,
         (Hook::XdpIngress, 3) | (Hook::TcIngress | Hook::TcEgress, 7) => Verdict::Back,
         (Hook::XdpIngress, 1) | (Hook::TcIngress | Hook::TcEgress, 2) => Verdict::Dropped,
         (hook, code) => panic!("{} returned {code}", hook.name()),

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use svc_lb::compile::desired::{DesiredPort, FrontendKind, Selection};
 use svc_lb_common::Protocol;
-use svc_lb_common::config::{Config, OUTSIDE_LOCAL, REJECT_NO_LOCAL};
+use svc_lb_common::config::{Config, REJECT_NO_LOCAL};
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_tests::prog::rig::Setup;
 use svc_lb_tests::prog::tables::{Describe as _, port};
@@ -37,7 +37,7 @@ fn reached(
             let ran = bench.run(TcIngress, interface, &syn);
             match ran.verdict {
                 Verdict::On => Ok(ran.parsed().destination),
-                verdict @ (Verdict::Back | Verdict::Dropped) => Err(verdict),
+                verdict @ (Verdict::Back | Verdict::Away | Verdict::Dropped) => Err(verdict),
             }
         })
         .collect()
@@ -84,26 +84,6 @@ fn forget_flows(bench: &mut Bench) {
         let rst = Frame::tcp(flow.source, flow.destination, RST);
         let _ran = bench.rig.run(TcIngress, bench.network.pod, &rst.to_bytes());
     }
-}
-
-/// Until outside clients can be sent to other nodes, they select among this node's backends whatever the policy.
-#[test]
-fn outside_clients_stay_on_the_node_where_told() {
-    let setup = with_bits(OUTSIDE_LOCAL);
-    with_setup(&setup, |bench| {
-        let w = world(svc_lb_common::Family::V4);
-        bench.program(everywhere(&w));
-        let (pod, uplink) = (bench.network.pod, bench.network.uplink);
-        let both = BTreeSet::from([w.local, w.remote]);
-        let local = BTreeSet::from([w.local]);
-        for frontend in [w.vip, w.node, w.balancer, w.external] {
-            assert_eq!(
-                reached(bench, uplink, w.outside, frontend),
-                Ok(local.clone())
-            );
-            assert_eq!(reached(bench, pod, w.client, frontend), Ok(both.clone()));
-        }
-    });
 }
 
 fn with_bits(bits: u32) -> Setup {
