@@ -42,27 +42,32 @@ pub struct Out {
     gateways: [IpAddr; 2],
     /// The router's MAC address.
     pub router: Mac,
+    /// The longest packet that it takes.
+    pub mtu: u16,
 }
 
-const fn out(name: &'static str, number: u8) -> Out {
+const fn out(name: &'static str, number: u8, mtu: u16) -> Out {
     Out {
         name,
         mac: [2, 0, 0, 0, number, 1],
         sources: [v4(192, 168, number, 10), wide6(number, 10)],
         gateways: [v4(192, 168, number, 1), wide6(number, 1)],
         router: [2, 0, 0, 0, number, 254],
+        mtu,
     }
 }
 
 /// What leaves through [`Network::uplink`].
-pub const UPLINK: Out = out("eth0", 70);
+pub const UPLINK: Out = out("eth0", 70, MTU);
 /// What leaves through [`Network::xdp_uplink`].
-pub const XDP_UPLINK: Out = out("eth1", 77);
+pub const XDP_UPLINK: Out = out("eth1", 77, SMALL_MTU);
 /// What leaves through [`Network::stranger`].
-pub const STRANGER: Out = out("tap0", 79);
+pub const STRANGER: Out = out("tap0", 79, SMALL_MTU);
 /// The bridge's own addresses.
 pub const BRIDGE_SOURCES: [IpAddr; 2] = [v4(10, 244, 1, 254), v6(0x1_00fe)];
-/// MTU of [`Network::stranger`]; every other interface has Ethernet's.
+/// Ethernet's MTU.
+pub const MTU: u16 = 1_500;
+/// MTU of [`Network::stranger`] and [`Network::xdp_uplink`]: IPv6's least.
 pub const SMALL_MTU: u16 = 1_280;
 
 /// Where packets to other hosts go: the longest prefix counts.
@@ -71,14 +76,14 @@ const ROUTES: [(IpAddr, u8, Out); 12] = [
     (v4(172, 16, 1, 11), 32, XDP_UPLINK),
     (v4(172, 16, 1, 12), 32, UPLINK),
     (v4(172, 16, 1, 13), 32, STRANGER),
-    (v4(172, 16, 2, 0), 24, XDP_UPLINK),
-    (v4(172, 16, 2, 21), 32, UPLINK),
+    (v4(172, 16, 2, 20), 31, XDP_UPLINK),
+    (v4(172, 16, 2, 22), 32, UPLINK),
     (host6(1, 10), 128, XDP_UPLINK),
     (host6(1, 11), 128, XDP_UPLINK),
     (host6(1, 12), 128, UPLINK),
     (host6(1, 13), 128, STRANGER),
-    (host6(2, 0), 64, XDP_UPLINK),
-    (host6(2, 21), 128, UPLINK),
+    (host6(2, 20), 127, XDP_UPLINK),
+    (host6(2, 22), 128, UPLINK),
 ];
 
 /// The way that packets to an address take, as the routes say.
@@ -219,6 +224,7 @@ fn build() -> anyhow::Result<(Network, Netlink)> {
     };
     let out = |out: Out| -> anyhow::Result<u32> {
         let index = interface(out.name, Some(out.mac))?;
+        netlink.mtu(out.name, u32::from(out.mtu))?;
         for ((gateway, source), length) in out.gateways.into_iter().zip(out.sources).zip([24, 64]) {
             netlink.address(out.name, source, length)?;
             netlink.neighbour(out.name, gateway, out.router)?;
@@ -239,7 +245,6 @@ fn build() -> anyhow::Result<(Network, Netlink)> {
     for (net, length) in BRIDGED_NET {
         netlink.route(net, length, Via::link(BRIDGE))?;
     }
-    netlink.mtu(STRANGER.name, u32::from(SMALL_MTU))?;
     for (net, length, out) in ROUTES {
         let [v4, v6] = out.gateways;
         let gateway = if net.is_ipv4() { v4 } else { v6 };

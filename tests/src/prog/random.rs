@@ -367,7 +367,7 @@ impl Traffic {
     fn client(rng: &mut Rng, family: Family) -> SocketAddr {
         let ip = match rng.u8(..16) {
             0..9 => address(family, Role::Pod, rng.u8(..8)),
-            9..15 => address(family, Role::Outside, rng.u8(..3)),
+            9..15 => address(family, Role::Outside, rng.u8(..4)),
             _ => nobody(rng, family),
         };
         let ports = [40_000, 40_000, 40_000, 40_000, 40_001, 8_080, 61_000];
@@ -560,7 +560,13 @@ fn miscount(rng: &mut Rng, frame: &mut Frame) {
 }
 
 fn payload(rng: &mut Rng) -> Vec<u8> {
-    let length = rng.choice([0, 1, 2, 3, 8, 33, 90]).expect("a length");
+    let usual = [0, 1, 2, 3, 8, 33, 90];
+    // Now and then more than the smallest MTU.
+    let length = if rng.u8(..20) == 0 {
+        1_300
+    } else {
+        rng.choice(usual).expect("a length")
+    };
     std::iter::repeat_with(|| rng.u8(..)).take(length).collect()
 }
 

@@ -28,7 +28,7 @@ use svc_lb_common::service::{Range, Service, flag, kind};
 use svc_lb_common::{Addr4, Addr6, Be16, Family, Protocol};
 
 use super::frame::{ETHERNET, QINQ, VLAN, flags, next, octets, pseudo_sum, word};
-use super::network::{BRIDGE_SOURCES, Hop, NEIGHBOURS, Out, hop};
+use super::network::{BRIDGE_SOURCES, Hop, MTU, NEIGHBOURS, Out, hop};
 use super::rig::Verdict;
 use crate::lab::netlink::Mac;
 
@@ -254,6 +254,8 @@ impl Flows {
 #[derive(Clone, Copy, Debug)]
 struct Read {
     l3: usize,
+    /// What the network header says.
+    length: u16,
     l4: usize,
     tuple: Tuple,
     flags: u8,
@@ -284,8 +286,17 @@ type Step<T> = Result<T, Outcome>;
 enum Exit {
     /// Translated along a flow.
     Along(u64, Side, Outcome),
-    /// Refused with an ICMP error.
-    Refuse,
+    /// Not at all, and its sender is told why.
+    Tell(Told),
+}
+
+/// What a sender is told by an ICMP error.
+#[derive(Clone, Copy)]
+enum Told {
+    Rejected,
+    TimeExceeded,
+    /// Too big for this MTU.
+    TooBig(u16),
 }
 
 /// The frame and where it is met.
@@ -444,7 +455,7 @@ impl Reference {
         let read = transport(at, &ip, &payload, Way::In)?;
         self.guard_ports(hints, &read)?;
         match self.route(at, hints, &read, events)? {
-            Exit::Refuse => self.tell(at, &read, Outcome::Rejected),
+            Exit::Tell(told) => self.tell(at, &read, told),
             Exit::Along(id, side, outcome) if self.flows.connections[&id].snat => {
                 self.send_away(at, &read, id, side, outcome)
             }
@@ -463,13 +474,14 @@ impl Reference {
     ) -> Step<(Verdict, Outcome, Vec<u8>)> {
         let translation = self.flows.connections[&id].translation(side);
         let xdp = at.hook == Hook::XdpIngress;
-        let (mac, router, interface) = match hop(translation[1].ip()) {
+        let (mac, router, interface, mtu) = match hop(translation[1].ip()) {
             Hop::None => return Err(Outcome::NoRoute),
-            Hop::Router(out) => (out.mac, out.router, self.interface_of(&out)),
-            // XDP cannot send onto a bridge.
-            Hop::Bridge(_) if xdp => return Err(Outcome::LeftToTc),
-            Hop::Bridge(_) => (Mac::default(), Mac::default(), 0),
+            Hop::Router(out) => (out.mac, out.router, self.interface_of(&out), out.mtu),
+            Hop::Bridge(_) => (Mac::default(), Mac::default(), 0, MTU),
         };
+        if read.length > mtu {
+            return self.tell(at, read, Told::TooBig(mtu));
+        }
         let same = interface == at.interface;
         let takes = || {
             self.links
@@ -482,7 +494,7 @@ impl Reference {
         let mut frame = at.frame.to_vec();
         translate(&mut frame, read, translation);
         if !hop_taken(&mut frame, read) {
-            return self.tell(at, read, Outcome::TimeExceeded);
+            return self.tell(at, read, Told::TimeExceeded);
         }
         if !xdp {
             // The neighbour's address comes later.
@@ -621,7 +633,7 @@ impl Reference {
         let from_pod = bits & edge::POD != 0;
         let (index, used) = match self.service(hints, &read.tuple, from_pod) {
             Ok(Some(found)) => found,
-            Ok(None) => return Ok(Exit::Refuse),
+            Ok(None) => return Ok(Exit::Tell(Told::Rejected)),
             Err(Outcome::NoFrontend) => {
                 return self.open_direct(at.hook, bits, hints, read, ended, events);
             }
@@ -636,7 +648,7 @@ impl Reference {
                 _ if service.flags() & flag::HAS_ANY != 0 && !self.is_on(REJECT_NO_LOCAL) => {
                     Err(Outcome::NoLocalEndpoint)
                 }
-                _ => Ok(Exit::Refuse),
+                _ => Ok(Exit::Tell(Told::Rejected)),
             };
         };
         if let Some((id, _)) = ended {
@@ -651,12 +663,15 @@ impl Reference {
         let mut snat = false;
         if !hairpin && self.wants_source(&service, used, from_pod, &backend) {
             let way = match hop(backend.address.ip()) {
-                Hop::Router(out) => Some(out.sources),
-                Hop::Bridge(_) => Some(BRIDGE_SOURCES),
+                Hop::Router(out) => Some((out.sources, out.mtu)),
+                Hop::Bridge(_) => Some((BRIDGE_SOURCES, MTU)),
                 // The stack may know.
                 Hop::None => None,
             };
-            if let Some([v4, v6]) = way {
+            if let Some((_, mtu)) = way.filter(|(_, mtu)| read.length > *mtu) {
+                return Ok(Exit::Tell(Told::TooBig(mtu)));
+            }
+            if let Some(([v4, v6], _)) = way {
                 snat = true;
                 seen_ip = if client.is_ipv4() { v4 } else { v6 };
             }
@@ -1032,12 +1047,7 @@ impl Reference {
     }
 
     /// Turns the packet into the ICMP error that tells its sender of the outcome.
-    fn tell(
-        &mut self,
-        at: At<'_>,
-        read: &Read,
-        outcome: Outcome,
-    ) -> Step<(Verdict, Outcome, Vec<u8>)> {
+    fn tell(&mut self, at: At<'_>, read: &Read, told: Told) -> Step<(Verdict, Outcome, Vec<u8>)> {
         let frame = at.frame;
         let (source, destination) = (read.tuple.source.ip(), read.tuple.destination.ip());
         if frame[0] & 1 != 0 || !is_one_host(source) || !is_one_host(destination) {
@@ -1051,8 +1061,8 @@ impl Reference {
             IpAddr::V4(_) => IpAddr::from(Ipv4Addr::from(link.v4)),
             IpAddr::V6(_) => IpAddr::from(Ipv6Addr::from(link.v6)),
         });
-        let speaker = match (outcome, own) {
-            (Outcome::TimeExceeded, Some(own)) => own,
+        let speaker = match (told, own) {
+            (Told::TimeExceeded | Told::TooBig(_), Some(own)) => own,
             _ => destination,
         };
         let quoted = (read.l4 - read.l3 + 8).min(QUOTE);
@@ -1075,13 +1085,20 @@ impl Reference {
             out.extend([next::ICMP6, 64]);
             out.extend([octets(speaker), octets(source)].concat());
         }
-        let (kind, code) = match (outcome, v4) {
-            (Outcome::TimeExceeded, true) => (11, 0),
-            (Outcome::TimeExceeded, false) => (3, 0),
-            (_, true) => (3, 3),
-            (_, false) => (1, 4),
+        let (kind, code) = match (told, v4) {
+            (Told::TimeExceeded, true) => (11, 0),
+            (Told::TimeExceeded, false) => (3, 0),
+            (Told::TooBig(_), true) => (3, 4),
+            (Told::TooBig(_), false) => (2, 0),
+            (Told::Rejected, true) => (3, 3),
+            (Told::Rejected, false) => (1, 4),
         };
-        let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
+        let mtu = match told {
+            Told::TooBig(mtu) => mtu,
+            Told::Rejected | Told::TimeExceeded => 0,
+        };
+        let mut message = vec![kind, code, 0, 0, 0, 0];
+        message.extend(mtu.to_be_bytes());
         message.extend(quote);
         let pseudo = if v4 {
             Vec::new()
@@ -1094,6 +1111,11 @@ impl Reference {
         let check = checksum(&[&pseudo, &message]);
         put(&mut message, 2, &check);
         out.extend(message);
+        let outcome = match told {
+            Told::Rejected => Outcome::Rejected,
+            Told::TimeExceeded => Outcome::TimeExceeded,
+            Told::TooBig(_) => Outcome::TooBig,
+        };
         Ok((Verdict::Back, outcome, out))
     }
 
@@ -1355,8 +1377,14 @@ fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
         _ => return Err(Outcome::OtherProtocol),
     };
     let port = |offset| word(frame, l4 + offset).ok_or(Outcome::Malformed);
+    let length = |offset| word(frame, ip.l3 + offset).ok_or(Outcome::Malformed);
+    let length = match ip.source {
+        IpAddr::V4(_) => length(2)?,
+        IpAddr::V6(_) => length(4)?.saturating_add(40),
+    };
     Ok(Read {
         l3: ip.l3,
+        length,
         l4,
         tuple: Tuple {
             way,
