@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::MapInfo;
@@ -389,11 +389,14 @@ fn no_packet_passes_while_programs_are_replaced() {
         let socket = UdpSocket::bind(FORBIDDEN)?;
         socket.set_nonblocking(true)?;
         let flood = Flood::start(&netlink, index("eth0")?).await?;
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        ensure!(
-            received(&socket) > 0,
-            "without programs the node takes the datagrams"
-        );
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while received(&socket) == 0 {
+            ensure!(
+                Instant::now() < deadline,
+                "without programs the node takes the datagrams"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
 
         let pins = Pins::new(&base);
         pins.prepare()?;

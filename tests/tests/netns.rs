@@ -22,6 +22,8 @@ mod reach;
 mod refusal;
 #[path = "netns/selection.rs"]
 mod selection;
+#[path = "netns/remote.rs"]
+mod remote;
 #[path = "netns/servers.rs"]
 mod servers;
 #[path = "netns/sockets.rs"]

@@ -23,6 +23,7 @@ pub mod netlink;
 pub mod netns;
 pub mod objects;
 pub mod process;
+pub mod receiver;
 pub mod run;
 pub mod server;
 mod topology;

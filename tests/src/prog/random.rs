@@ -337,7 +337,7 @@ impl Traffic {
             Role::Outside | Role::Strange => (rng.u8(..40), 80),
         };
         let host = if rng.u8(..20) == 0 { rng.u8(..8) } else { host };
-        if rng.u8(..20) == 0 {
+        if rng.u8(..8) == 0 {
             port = rng.choice([22, 80, 81, 30_085, 61_001]).expect("a port");
         }
         let destination = SocketAddr::new(address(family, role, host), port);
@@ -562,7 +562,7 @@ fn miscount(rng: &mut Rng, frame: &mut Frame) {
 fn payload(rng: &mut Rng) -> Vec<u8> {
     let usual = [0, 1, 2, 3, 8, 33, 90];
     // Now and then more than the smallest MTU.
-    let length = if rng.u8(..20) == 0 {
+    let length = if rng.u8(..8) == 0 {
         1_300
     } else {
         rng.choice(usual).expect("a length")

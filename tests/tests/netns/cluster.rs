@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use svc_lb_tests::lab::addresses::{EXTERNAL, LB_POOL, NODE_A, SERVICES};
+use svc_lb_tests::lab::addresses::{BRIDGED, EXTERNAL, LB_POOL, NODE_A, SERVICES};
 use svc_lb_tests::lab::agent::{AgentConfig, AgentProcess};
 use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::objects::{Manifests, Protocol, Service};
 use svc_lb_tests::lab::server::{self, Server};
-use svc_lb_tests::lab::{Dual, Family, Lab, Namespace, Pod, eventually};
+use svc_lb_tests::lab::{Attach, Dual, Family, Lab, Namespace, NodeName, Pod, eventually};
 
 /// How long the agent may take to act on a change.
 pub(crate) const SOON: Duration = Duration::from_secs(5);
@@ -111,6 +111,20 @@ pub(crate) const FROM_PODS: [Frontend; 4] = [CLUSTER_IP, NODE_PORT, LOAD_BALANCE
 pub(crate) struct Source<'a> {
     pub(crate) ns: &'a Namespace,
     pub(crate) addr: Dual,
+    lab: &'a Lab,
+    /// Whose packets get node-a's address as their source.
+    pub(crate) masked: Masked,
+}
+
+/// Which backends see node-a in the client's place.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Masked {
+    /// None.
+    Never,
+    /// Those of other nodes.
+    Remote,
+    /// All.
+    Always,
 }
 
 impl<'a> Source<'a> {
@@ -119,6 +133,12 @@ impl<'a> Source<'a> {
         Self {
             ns: pod.ns(),
             addr: pod.addr(),
+            lab,
+            // A pod of another node is an outside client to this one.
+            masked: match pod.node() {
+                NodeName::A => Masked::Never,
+                NodeName::B => Masked::Remote,
+            },
         }
     }
 
@@ -127,6 +147,31 @@ impl<'a> Source<'a> {
         Self {
             ns: client.ns(),
             addr: client.addr(),
+            lab,
+            masked: Masked::Remote,
+        }
+    }
+
+    /// The same under settings that mask more, or less.
+    pub(crate) fn masked(self, masked: Masked) -> Self {
+        Self { masked, ..self }
+    }
+
+    /// The address that a pod sees of it.
+    fn seen_by(&self, server: &str) -> Dual {
+        let Some(pod) = self.lab.pods().find(|pod| pod.name() == server) else {
+            return self.addr;
+        };
+        let masked = match self.masked {
+            Masked::Never => false,
+            Masked::Remote => pod.node() != NodeName::A,
+            Masked::Always => true,
+        };
+        match pod.attach() {
+            _ if !masked => self.addr,
+            // The address of the interface that leads there.
+            Attach::Bridged => BRIDGED.nth(1),
+            Attach::Routed => NODE_A,
         }
     }
 }
@@ -149,7 +194,7 @@ pub(crate) fn start_with(
 }
 
 /// Shows that TCP connections and datagrams from `source` to `frontend` reach each of `expected` and nobody else,
-/// that the servers see the client's own address and the client only ever hears from the frontend.
+/// that the servers see the address they should and the client only ever hears from the frontend.
 pub(crate) fn reaches(source: Source<'_>, frontend: Frontend, family: Family, expected: &[&str]) {
     let what = format!("{} -> {} over {family}", source.ns.name(), frontend.kind);
     let expected: BTreeSet<String> = expected.iter().map(|&name| name.to_owned()).collect();
@@ -206,7 +251,7 @@ pub(crate) fn reaches(source: Source<'_>, frontend: Frontend, family: Family, ex
 /// Enough to meet each of a handful of backends but for one run in a billion.
 const TRIES: usize = 150;
 
-/// Servers see the client's address, but a pod that reaches itself sees the frontend's (SEMANTICS C10, C11).
+/// Servers see the client's address or the node's; a pod that reaches itself sees the frontend's (SEMANTICS C10, C11).
 fn check_source(
     what: &str,
     source: Source<'_>,
@@ -216,7 +261,11 @@ fn check_source(
     family: Family,
 ) {
     let itself = source.ns.name() == format!("pod-{server}");
-    let expected = if itself { frontend.addr } else { source.addr };
+    let expected = if itself && source.masked == Masked::Never {
+        frontend.addr
+    } else {
+        source.seen_by(server)
+    };
     assert_eq!(
         seen_as.ip(),
         expected.of(family),

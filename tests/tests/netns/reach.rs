@@ -6,7 +6,7 @@ use svc_lb_tests::lab::{Attach, Family, Lab, NodeName, privileged, server};
 
 use crate::cluster::{
     CLUSTER_IP, ECHO, FROM_OUTSIDE, FROM_PODS, Frontend, HTTP, NODE_PORT, Source, cluster_ip,
-    each_family, everywhere, inside, reaches, serve, serve_all, settles, start, start_with,
+    each_family, everywhere, inside, reaches, serve, serve_all, settles, start,
 };
 
 fn lab() -> Lab {
@@ -37,46 +37,6 @@ fn pods_reach_every_frontend() {
             for family in Family::BOTH {
                 let source = Source::pod(&lab, source);
                 reaches(source, frontend, family, &["r1", "b1", "far"]);
-            }
-        }
-    }
-}
-
-/// A9, B1, B4, B5, and ours in place of C1: outside clients reach this node's backends, which see the clients' own
-/// addresses.
-#[test]
-fn outside_clients_reach_local_backends() {
-    if !privileged() {
-        return;
-    }
-    let lab = lab();
-    let _servers = serve_all(&lab);
-    let pods = ["r1", "b1", "far"].map(|name| lab.pod(name));
-    let (_manifests, _agent) = start(&lab, &[everywhere("web").pods(pods)]);
-    for frontend in FROM_OUTSIDE {
-        for family in Family::BOTH {
-            reaches(Source::outside(&lab, 0), frontend, family, &["r1", "b1"]);
-            // A pod of another node is an outside client to this one.
-            reaches(Source::pod(&lab, "far"), frontend, family, &["r1", "b1"]);
-        }
-    }
-}
-
-/// The same through the XDP program, which a veth gets only in generic mode or when asked.
-#[test]
-fn outside_clients_reach_local_backends_with_xdp() {
-    if !privileged() {
-        return;
-    }
-    for mode in ["generic", "native"] {
-        let lab = lab();
-        let _servers = serve_all(&lab);
-        let pods = ["r1", "b1"].map(|name| lab.pod(name));
-        let services = [everywhere("web").pods(pods)];
-        let (_manifests, _agent) = start_with(&lab, &services, |config| config.xdp(mode));
-        for frontend in FROM_OUTSIDE {
-            for family in Family::BOTH {
-                reaches(Source::outside(&lab, 0), frontend, family, &["r1", "b1"]);
             }
         }
     }

@@ -1,0 +1,118 @@
+//! Outside clients and the backends of every node.
+
+use svc_lb_tests::lab::receiver::Receiver;
+use svc_lb_tests::lab::{Family, Lab, privileged};
+
+use crate::cluster::{
+    CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, Masked, Source, everywhere, reaches, serve_all, start,
+    start_with,
+};
+
+const ALL: [&str; 3] = ["r1", "b1", "far"];
+
+fn lab() -> Lab {
+    Lab::builder()
+        .routed("r1")
+        .bridged("b1")
+        .remote("far")
+        .routed("client-r")
+        .clients(1)
+        .build()
+        .unwrap()
+}
+
+/// A9, B1, B4, B5, and ours in place of C1: outside clients reach every backend; those of this node see the
+/// clients' own addresses, those of others this node's.
+#[test]
+fn outside_clients_reach_every_backend() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let (_manifests, _agent) = start(
+        &lab,
+        &[everywhere("web").pods(ALL.map(|name| lab.pod(name)))],
+    );
+    for frontend in FROM_OUTSIDE {
+        for family in Family::BOTH {
+            reaches(Source::outside(&lab, 0), frontend, family, &ALL);
+            // A pod of another node is an outside client to this one.
+            reaches(Source::pod(&lab, "far"), frontend, family, &ALL);
+        }
+    }
+}
+
+/// B1, B4, B5: the same through the XDP program, which a veth gets only in generic mode or when asked.
+#[test]
+fn outside_clients_reach_every_backend_with_xdp() {
+    if !privileged() {
+        return;
+    }
+    for mode in ["generic", "native"] {
+        let lab = lab();
+        let _servers = serve_all(&lab);
+        let services = [everywhere("web").pods(ALL.map(|name| lab.pod(name)))];
+        let (_manifests, agent) = start_with(&lab, &services, |config| config.xdp(mode));
+        let _receiver = (mode == "native").then(|| Receiver::start(&lab).unwrap());
+        for frontend in FROM_OUTSIDE {
+            for family in Family::BOTH {
+                reaches(Source::outside(&lab, 0), frontend, family, &ALL);
+            }
+        }
+        let counters = agent.dump("counters").unwrap();
+        for name in ["forward_remote", "reverse_remote"] {
+            let by_xdp = counters
+                .as_array()
+                .unwrap()
+                .iter()
+                .any(|counter| counter["hook"] == "xdp_ingress" && counter["name"] == name);
+            assert!(by_xdp, "{mode}: XDP sent nothing on as {name}: {counters}");
+        }
+    }
+}
+
+/// C1 as kube-proxy has it, by setting: every backend sees this node.
+#[test]
+fn every_backend_sees_the_node_where_told() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let services = [everywhere("web").pods(ALL.map(|name| lab.pod(name)))];
+    let (_manifests, _agent) = start_with(&lab, &services, |config| {
+        config.args(["--external-snat", "always"])
+    });
+    for frontend in FROM_OUTSIDE {
+        for family in Family::BOTH {
+            let outside = Source::outside(&lab, 0).masked(Masked::Always);
+            reaches(outside, frontend, family, &ALL);
+            reaches(Source::pod(&lab, "client-r"), frontend, family, &ALL);
+        }
+    }
+}
+
+/// C9: masqueradeAll is for ClusterIPs.
+#[test]
+fn pods_are_masked_where_told() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let services = [everywhere("web").pods(ALL.map(|name| lab.pod(name)))];
+    let (_manifests, _agent) =
+        start_with(&lab, &services, |config| config.args(["--masquerade-all"]));
+    for frontend in FROM_PODS {
+        for family in Family::BOTH {
+            let masked = if frontend.kind == CLUSTER_IP.kind {
+                Masked::Always
+            } else {
+                Masked::Never
+            };
+            let pod = Source::pod(&lab, "client-r").masked(masked);
+            reaches(pod, frontend, family, &ALL);
+        }
+    }
+}
