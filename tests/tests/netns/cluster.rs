@@ -159,19 +159,19 @@ impl<'a> Source<'a> {
 
     /// The address that a pod sees of it.
     fn seen_by(&self, server: &str) -> Dual {
-        let Some(pod) = self.lab.pods().find(|pod| pod.name() == server) else {
-            return self.addr;
-        };
+        // Or a host's network.
+        let pod = self.lab.pods().find(|pod| pod.name() == server);
+        let node = pod.map_or(server, |pod| pod.node().as_str());
         let masked = match self.masked {
             Masked::Never => false,
-            Masked::Remote => pod.node() != NodeName::A,
+            Masked::Remote => node != NodeName::A.as_str(),
             Masked::Always => true,
         };
-        match pod.attach() {
+        match pod.map(Pod::attach) {
             _ if !masked => self.addr,
             // The address of the interface that leads there.
-            Attach::Bridged => BRIDGED.nth(1),
-            Attach::Routed => NODE_A,
+            Some(Attach::Bridged) => BRIDGED.nth(1),
+            Some(Attach::Routed) | None => NODE_A,
         }
     }
 }
