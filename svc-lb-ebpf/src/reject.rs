@@ -44,12 +44,14 @@ impl Unreachable for V4 {
 
     #[inline(always)]
     fn error(outcome: Outcome) -> [u8; 2] {
-        match outcome {
-            Outcome::TooBig => [3, 4],
-            Outcome::TimeExceeded => [11, 0],
-            // Port unreachable.
-            _ => [3, 3],
+        if outcome == Outcome::TooBig {
+            return [3, 4];
         }
+        if outcome == Outcome::TimeExceeded {
+            return [11, 0];
+        }
+        // Port unreachable.
+        [3, 3]
     }
 
     #[inline(always)]
@@ -94,12 +96,14 @@ impl Unreachable for V6 {
 
     #[inline(always)]
     fn error(outcome: Outcome) -> [u8; 2] {
-        match outcome {
-            Outcome::TooBig => [2, 0],
-            Outcome::TimeExceeded => [3, 0],
-            // Port unreachable.
-            _ => [1, 4],
+        if outcome == Outcome::TooBig {
+            return [2, 0];
         }
+        if outcome == Outcome::TimeExceeded {
+            return [3, 0];
+        }
+        // Port unreachable.
+        [1, 4]
     }
 
     #[inline(always)]

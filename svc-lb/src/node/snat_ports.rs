@@ -55,7 +55,7 @@ fn unshared(ports: &RangeInclusive<u16>, local: &str, reserved: &str) -> Result<
         .split_once(char::is_whitespace)
         .and_then(|(first, last)| Some(first.parse().ok()?..=last.trim().parse().ok()?))
         .ok_or_else(|| malformed(LOCAL_RANGE, local))?;
-    let reserved = ranges(reserved).ok_or_else(|| malformed(RESERVED, reserved))?;
+    let reserved = parse_list(reserved).ok_or_else(|| malformed(RESERVED, reserved))?;
     let shared = ports
         .clone()
         .find(|port| local.contains(port) && !reserved.iter().any(|range| range.contains(port)));
@@ -69,15 +69,15 @@ fn unshared(ports: &RangeInclusive<u16>, local: &str, reserved: &str) -> Result<
     }
 }
 
-fn ranges(list: &str) -> Option<Vec<RangeInclusive<u16>>> {
-    let span = |text: &str| {
-        let (first, last) = text.split_once('-').unwrap_or((text, text));
+fn parse_list(text: &str) -> Option<Vec<RangeInclusive<u16>>> {
+    let ends = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
         Some(first.parse().ok()?..=last.parse().ok()?)
     };
-    list.trim()
+    text.trim()
         .split(',')
-        .filter(|text| !text.is_empty())
-        .map(span)
+        .filter(|part| !part.is_empty())
+        .map(ends)
         .collect()
 }
 

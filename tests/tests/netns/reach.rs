@@ -231,7 +231,8 @@ fn backends_of_the_host_network() {
             }
         }
         for frontend in FROM_OUTSIDE {
-            reaches(Source::outside(&lab, 0), frontend, family, &["node-a"]);
+            let nodes = ["node-a", "node-b"];
+            reaches(Source::outside(&lab, 0), frontend, family, &nodes);
         }
     }
 }
