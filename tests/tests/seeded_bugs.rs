@@ -84,8 +84,8 @@ const BUGS: [Bug; 10] = [
     Bug {
         name: "the ICMP checksum leaves out the quoted packet",
         file: "reject.rs",
-        is: "sum(body + F::pseudo_sum(&met.key, quoted), &F::ERROR)",
-        becomes: "sum(body / 0x10_0000 + F::pseudo_sum(&met.key, quoted), &F::ERROR)",
+        is: "sum(body + F::pseudo_sum(met, quoted), &[type_, code])",
+        becomes: "sum(body / 0x10_0000 + F::pseudo_sum(met, quoted), &[type_, code])",
     },
 ];
 
