@@ -20,10 +20,10 @@ mod health;
 mod reach;
 #[path = "netns/refusal.rs"]
 mod refusal;
-#[path = "netns/selection.rs"]
-mod selection;
 #[path = "netns/remote.rs"]
 mod remote;
+#[path = "netns/selection.rs"]
+mod selection;
 #[path = "netns/servers.rs"]
 mod servers;
 #[path = "netns/sockets.rs"]
