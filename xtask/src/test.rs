@@ -162,7 +162,7 @@ fn suites() -> Result<Vec<Suite>> {
 fn level_of(stem: &str) -> Level {
     match stem {
         "prog" | "reference" | "seeded_bugs" | "verifier" => Level::Prog,
-        "reconcile" => Level::Reconcile,
+        "cases" | "reconcile" => Level::Reconcile,
         _ => Level::Netns,
     }
 }

@@ -277,6 +277,16 @@ impl<D: Dataplane> Reconciler<D> {
         self.planner.names()
     }
 
+    /// What is written to.
+    pub fn dataplane(&self) -> &D {
+        &self.dataplane
+    }
+
+    /// Ends, and leaves what is written as it is.
+    pub fn into_dataplane(self) -> D {
+        self.dataplane
+    }
+
     /// Sizes of the tables.
     pub fn sizes(&self) -> dataplane::Sizes {
         self.dataplane.sizes()

@@ -16,7 +16,7 @@ use super::{
 #[derive(Debug)]
 pub struct Faulty<D> {
     inner: D,
-    rate: u32,
+    rate: Cell<u32>,
     state: Cell<u64>,
 }
 
@@ -35,14 +35,14 @@ impl<D: Dataplane> Faulty<D> {
     pub const fn new(inner: D, seed: u64, rate: u32) -> Self {
         Self {
             inner,
-            rate,
+            rate: Cell::new(rate),
             state: Cell::new(seed),
         }
     }
 
     /// Changes the chance; 0 makes the dataplane reliable.
-    pub const fn set_rate(&mut self, rate: u32) {
-        self.rate = rate;
+    pub fn set_rate(&self, rate: u32) {
+        self.rate.set(rate);
     }
 
     /// The dataplane behind.
@@ -64,7 +64,7 @@ impl<D: Dataplane> Faulty<D> {
         let state = self.state.get().wrapping_add(M1);
         self.state.set(state);
         let random = mix(state);
-        if random % 1024 >= u64::from(self.rate) {
+        if random % 1024 >= u64::from(self.rate.get()) {
             return Fault::None;
         }
         Fault::After {

@@ -11,7 +11,7 @@ use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions,
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use svc_lb::compile::desired::DesiredPort;
 use svc_lb::dataplane::kernel::{Kernel, MapSet};
-use svc_lb::dataplane::{Dataplane as _, FAMILIES, FlowEntry, FlowTable};
+use svc_lb::dataplane::{Dataplane as _, FAMILIES, FlowEntry, FlowTable, PerFamily, Sizes};
 use svc_lb::model::ObjectName;
 use svc_lb::plan::{self, Planner};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
@@ -21,6 +21,7 @@ use svc_lb_common::edge::{self, Edge};
 use svc_lb_common::limits::name;
 use svc_lb_common::link::{self, Link};
 use svc_lb_common::outcome::{Event, Hook, Outcome, Tally, counter};
+use svc_lb_common::service::SLOTS_PER_WORD;
 use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
 
 use super::network::{self, Network};
@@ -83,6 +84,67 @@ pub fn object() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bpf/svc-lb")
 }
 
+/// Sizes for maps that only the agent writes.
+const MAP_SIZES: [(&str, u32); 14] = [
+    (name::GUARD, 1_024),
+    (name::SERVICES, 64),
+    (name::SLOTS, 4_096),
+    (name::EDGES, 16),
+    (name::FRONTENDS[0], 64),
+    (name::FRONTENDS[1], 64),
+    (name::BACKENDS[0], 64),
+    (name::BACKENDS[1], 64),
+    (name::OPENING[0], 64),
+    (name::OPENING[1], 64),
+    (name::ESTABLISHED[0], 64),
+    (name::ESTABLISHED[1], 64),
+    (name::STREAMS[0], 64),
+    (name::STREAMS[1], 64),
+];
+
+/// How large [`maps`] are.
+#[must_use]
+pub fn map_sizes() -> Sizes {
+    let size = |name| {
+        let of_map = MAP_SIZES.iter().find(|(map, _)| *map == name);
+        of_map
+            .map(|(_, entries)| *entries)
+            .expect("the map has a size")
+    };
+    let [frontends4, frontends6] = name::FRONTENDS.map(size);
+    let [backends4, backends6] = name::BACKENDS.map(size);
+    Sizes {
+        guard_words: size(name::GUARD),
+        frontends: PerFamily {
+            v4: frontends4,
+            v6: frontends6,
+        },
+        services: size(name::SERVICES),
+        slots: size(name::SLOTS) * SLOTS_PER_WORD,
+        backends: PerFamily {
+            v4: backends4,
+            v6: backends6,
+        },
+        ..Sizes::default()
+    }
+}
+
+/// The object's maps, without its programs.
+#[must_use]
+pub fn maps() -> Kernel {
+    let mut loader = EbpfLoader::new();
+    for (name, entries) in MAP_SIZES {
+        loader.map_max_entries(name, entries);
+    }
+    let ebpf = loader.load(&bytes(&object())).expect("maps are created");
+    Kernel::new(map_set(&ebpf)).expect("the maps are the agent's")
+}
+
+fn bytes(object: &Path) -> Vec<u8> {
+    std::fs::read(object)
+        .unwrap_or_else(|error| panic!("{}: {error}; run cargo xtask build", object.display()))
+}
+
 impl Default for Setup {
     fn default() -> Self {
         Self {
@@ -136,9 +198,7 @@ impl Rig {
     /// The programs as `setup` says, and the network's edges.
     #[must_use]
     pub fn with(network: &Network, setup: &Setup) -> Self {
-        let bytes = std::fs::read(&setup.object).unwrap_or_else(|error| {
-            panic!("{}: {error}; run cargo xtask build", setup.object.display())
-        });
+        let bytes = bytes(&setup.object);
         let sizes: BTreeMap<&str, u32> = SIZES
             .into_iter()
             .chain(setup.sizes.iter().copied())

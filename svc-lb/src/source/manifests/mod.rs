@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 pub use self::files::Files;
+pub use self::parse::{Parsed, parse};
 use self::watch::Watch;
 use super::{Health, Problem, Severity};
 use crate::model::{Batch, SourceId};

@@ -13,11 +13,11 @@ use crate::{
 
 /// What one file says.
 #[derive(Debug, Default)]
-pub(super) struct Parsed {
+pub struct Parsed {
     /// In order; later ones of the same name stand.
-    pub(super) objects: Vec<Object>,
+    pub objects: Vec<Object>,
     /// Errors, if any, mean that the file does not count; warnings go with the objects.
-    pub(super) problems: Vec<Problem>,
+    pub problems: Vec<Problem>,
 }
 
 impl Parsed {
@@ -29,7 +29,8 @@ impl Parsed {
 }
 
 /// Reads the documents of a file; `path` is for messages.
-pub(super) fn parse(path: &Path, mut bytes: &[u8]) -> Parsed {
+#[must_use]
+pub fn parse(path: &Path, mut bytes: &[u8]) -> Parsed {
     let mut file = File {
         path,
         parsed: Parsed::default(),
