@@ -4,8 +4,13 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
 use serde_json::json;
-use svc_lb_tests::lab::addresses::{LB_POOL, NODE_A};
+use svc_lb::dataplane::pins::Pins;
+use svc_lb_common::limits::name;
+use svc_lb_common::service::{Frontend, FrontendKey, kind};
+use svc_lb_common::{Addr4, Be16};
+use svc_lb_tests::lab::addresses::{EXTERNAL, LB_POOL, NODE_A};
 use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::objects::{Protocol, Service, nodes};
 use svc_lb_tests::lab::{Family, Lab, eventually, privileged, server};
@@ -334,4 +339,64 @@ fn healthz_can_be_bound_elsewhere_or_off() {
             .starts_with("HTTP/1.1 200 ")
     );
     assert!(client.connect(NODE_A.socket(Family::V6, 9999)).is_err());
+}
+
+/// G6, G7: an update that does not get through makes the proxy unhealthy in time, at every door, while what is programmed
+/// serves on; when it does get through all is well again. The map has no room for it: somebody else filled it.
+#[test]
+fn updates_that_do_not_get_through_are_unhealthy() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder().routed("r1").clients(1).build().unwrap();
+    let _servers = serve_all(&lab);
+    let serving = || web().pods([lab.pod("r1")]);
+    let (manifests, agent) = start_with(&lab, &[serving()], |config| {
+        config.args(["--sync-period", "500ms", "--map-size", "frontends4=64"])
+    });
+    let client = Client::of(lab.client(0).ns());
+    let node = |port| NODE_A.socket(Family::V4, port);
+    let code = |path: &str, expected: u16| {
+        let answer = ask(client, node(HEALTHZ), path)?;
+        ensure!(
+            answer.starts_with(&format!("HTTP/1.1 {expected} ")),
+            "{path}: {answer}"
+        );
+        Ok(())
+    };
+    tells(client, node(HEALTH), 200, 1);
+
+    let path = Pins::new(agent.pin_dir()).map(name::FRONTENDS[0]);
+    let map = Map::HashMap(MapData::from_pin(path).unwrap());
+    let mut map: HashMap<_, FrontendKey<Addr4>, Frontend> = map.try_into().unwrap();
+    let strange = |n: u16| FrontendKey::new(Addr4(n.into()), Be16(n), 6);
+    let fits = |n: &u16| {
+        let key = strange(*n);
+        let value = Frontend::new(&key, 1, kind::EXTERNAL_IP);
+        map.insert(key, value, 0).is_ok()
+    };
+    let filled: Vec<u16> = (1..1_000).take_while(fits).collect();
+    assert!((1..64).contains(&filled.len()), "{}", filled.len());
+
+    let more = || serving().external_ips(EXTERNAL.nth(80));
+    manifests.write(&[more()]).unwrap();
+    eventually("the proxy is unhealthy", SOON, || {
+        code("/healthz", 503)?;
+        code("/livez", 503)
+    });
+    let answer = ask(client, node(HEALTH), "/").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+    let said = "\"localEndpoints\": 1,\n\"serviceProxyHealthy\": false";
+    assert!(answer.contains(said), "{answer}");
+    assert_eq!(client.hit(node(NODE_HTTP)).unwrap(), "r1");
+    let status = agent.ask(&["status"]).unwrap();
+    assert!(status.contains("proxy unhealthy"), "{status}");
+
+    for n in filled {
+        map.remove(&strange(n)).unwrap();
+    }
+    eventually("the proxy recovers", 4 * SOON, || code("/healthz", 200));
+    let external = EXTERNAL.nth(80).socket(Family::V4, SERVICE_HTTP);
+    assert_eq!(client.hit(external).unwrap(), "r1");
+    tells(client, node(HEALTH), 200, 1);
 }
