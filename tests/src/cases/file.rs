@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use serde::Deserialize;
 use serde_json::Value;
-use svc_lb::compile::{CompileOptions, MaglevOptions, OutsideReach};
+use svc_lb::compile::{CompileOptions, MaglevOptions};
 
 /// One file.
 #[derive(Clone, Debug, Deserialize)]
@@ -59,8 +59,6 @@ pub(super) struct Settings {
     proxy_name: Option<String>,
     /// `--external-ips`, other than `off`.
     external_ips: bool,
-    /// Outside clients reach this node's backends only.
-    outside_local: bool,
     /// `--nodeport-addresses`.
     pub(super) node_ports: Vec<String>,
 }
@@ -70,7 +68,6 @@ impl Default for Settings {
         Self {
             proxy_name: None,
             external_ips: true,
-            outside_local: false,
             node_ports: vec!["all".to_owned()],
         }
     }
@@ -80,11 +77,6 @@ impl Settings {
     pub(super) fn options(&self) -> CompileOptions {
         CompileOptions {
             proxy_name: self.proxy_name.clone(),
-            outside_reaches: if self.outside_local {
-                OutsideReach::LocalBackends
-            } else {
-                OutsideReach::Any
-            },
             ignore_external_ips: !self.external_ips,
             // Tables that fit into small maps.
             maglev: MaglevOptions {
