@@ -161,6 +161,7 @@ fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
+/// G9, G10, G11: what one agent leaves the next one adopts, with new programs in the same links; removal leaves nothing.
 #[test]
 fn tcx_links_and_maps_are_adopted_and_removed() {
     alone(async |base| {
@@ -241,6 +242,7 @@ fn tcx_links_and_maps_are_adopted_and_removed() {
     });
 }
 
+/// G10: programs of another layout's maps take over the links.
 #[test]
 fn links_of_another_layout_are_taken_over() {
     alone(async |base| {
@@ -361,6 +363,7 @@ fn received(socket: &UdpSocket) -> usize {
     std::iter::from_fn(|| socket.recv(&mut buffer).ok()).count()
 }
 
+/// G10: there is no moment without a program.
 #[test]
 fn no_packet_passes_while_programs_are_replaced() {
     alone(async |base| {
@@ -450,6 +453,7 @@ fn no_packet_passes_while_programs_are_replaced() {
     });
 }
 
+/// G9, G10, G11 on kernels without tcx.
 #[test]
 fn clsact_filters_are_replaced_in_place_and_removed() {
     alone(async |base| {

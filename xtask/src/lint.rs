@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use clap::ValueEnum as _;
 
 use crate::setup::{self, Need};
-use crate::{build, deps, proc, tidy};
+use crate::{build, deps, proc, semantics, tidy};
 
 /// Check formatting, lints, layering, dependencies and documentation.
 #[derive(Debug, clap::Args)]
@@ -30,6 +30,8 @@ enum Step {
     Fmt,
     /// The repository's own rules.
     Tidy,
+    /// docs/semantics.md is what the tests say.
+    Semantics,
     /// Licences and sources of dependencies.
     Deps,
     /// clippy on what runs on the host.
@@ -83,6 +85,7 @@ impl Step {
         match self {
             Self::Fmt => proc::run(proc::cargo().args(["fmt", "--all", "--check"])),
             Self::Tidy => tidy::check(),
+            Self::Semantics => semantics::check(),
             Self::Deps => deps::check(),
             Self::Clippy => proc::run(
                 host_packages(proc::cargo().arg("clippy"))

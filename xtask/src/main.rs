@@ -17,6 +17,7 @@ mod deps;
 mod elf_gate;
 mod lint;
 mod proc;
+mod semantics;
 mod setup;
 mod test;
 mod tidy;
@@ -27,7 +28,7 @@ mod vm;
 #[command(
     name = "cargo xtask",
     bin_name = "cargo xtask",
-    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code\n  cargo xtask vm all           on four kernels, in QEMU"
+    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code\n  cargo xtask semantics        which tests prove which row of docs/semantics.md\n  cargo xtask vm all           on four kernels, in QEMU"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -41,6 +42,7 @@ enum Command {
     Demo(demo::Args),
     Test(test::Args),
     Lint(lint::Args),
+    Semantics(semantics::Args),
     Vm(vm::Args),
 }
 
@@ -64,6 +66,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Demo(args) => demo::run(&args)?,
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,
+        Command::Semantics(args) => semantics::run(&args)?,
         Command::Vm(args) => vm::run(&args)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -3,6 +3,7 @@
 //! `unit` needs nothing. The other levels live in `tests/tests/`, one file each; they load BPF programs and make
 //! network namespaces, so they need root, and fail without it unless told to skip.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _, stdout};
 use std::ops::AddAssign;
@@ -15,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::unistd::geteuid;
 
 use crate::setup::{self, Need};
-use crate::{build, proc};
+use crate::{build, proc, semantics};
 
 /// Set to 1 to report the levels that need root as skipped instead of running them.
 const SKIP_ROOT: &str = "SVC_LB_TEST_SKIP_ROOT";
@@ -86,22 +87,79 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     for suite in &suites {
         eprintln!("test: {}", suite.name);
         let started = Instant::now();
-        let tally = if suite.needs_root() && skip_root {
-            suite.count_skipped()?
+        let (tally, passed) = if suite.needs_root() && skip_root {
+            (suite.count_skipped()?, None)
         } else {
-            suite.run(agent.as_deref(), &args.args)?
+            let (tally, passed) = suite.run(agent.as_deref(), &args.args)?;
+            (tally, Some(passed))
         };
-        reports.push((suite, tally, started.elapsed()));
+        reports.push(Report {
+            suite,
+            tally,
+            passed,
+            took: started.elapsed(),
+        });
     }
-    summary(&reports)
+    let proved = if args.args.is_empty() {
+        rows_are_proved(&reports, args.level)?
+    } else {
+        true
+    };
+    let total = summary(&reports)?;
+    Ok(if total.failed == 0 && proved {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// What came of a suite.
+struct Report<'a> {
+    suite: &'a Suite,
+    tally: Tally,
+    /// Names of tests; none where the suite was skipped.
+    passed: Option<BTreeSet<String>>,
+    took: Duration,
+}
+
+/// Whether each test that claims to prove a row of docs/semantics.md ran and passed, of the suites that ran; and, after
+/// all suites, whether the document says what the tests do.
+fn rows_are_proved(reports: &[Report<'_>], level: Level) -> Result<bool> {
+    let mut problems = Vec::new();
+    for claim in semantics::claims()? {
+        let report = reports
+            .iter()
+            .find(|report| report.suite.name == claim.suite);
+        let Some(passed) = report.and_then(|report| report.passed.as_ref()) else {
+            continue;
+        };
+        for test in claim.tests.iter().filter(|test| !passed.contains(*test)) {
+            let rows = claim.rows();
+            problems.push(format!(
+                "{}: {test} claims {rows}, and did not run and pass",
+                claim.suite
+            ));
+        }
+    }
+    if level == Level::All {
+        problems.extend(semantics::check().err().map(|error| format!("{error:#}")));
+    }
+    let mut out = stdout().lock();
+    for problem in &problems {
+        writeln!(out, "semantics: {problem}")?;
+    }
+    Ok(problems.is_empty())
 }
 
 /// Prints a line per suite, then the sum.
-fn summary(reports: &[(&Suite, Tally, Duration)]) -> Result<ExitCode> {
+fn summary(reports: &[Report<'_>]) -> Result<Tally> {
     let mut out = stdout().lock();
     let mut total = Tally::default();
     writeln!(out)?;
-    for (suite, tally, took) in reports {
+    for report in reports {
+        let Report {
+            suite, tally, took, ..
+        } = report;
         writeln!(
             out,
             "{:<12} {tally} ({:.1} s)",
@@ -111,11 +169,7 @@ fn summary(reports: &[(&Suite, Tally, Duration)]) -> Result<ExitCode> {
         total += *tally;
     }
     writeln!(out, "{total}")?;
-    Ok(if total.failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(total)
 }
 
 /// Every suite, the quick ones first.
@@ -167,6 +221,60 @@ fn level_of(stem: &str) -> Level {
     }
 }
 
+/// The suite that runs the tests of a source file, and the path of the file's module.
+pub(crate) fn suite_of(path: &str) -> Option<(&str, Vec<&str>)> {
+    let path = path.strip_suffix(".rs")?;
+    let (suite, modules) = if let Some(path) = path.strip_prefix("tests/tests/") {
+        path.split_once('/').unwrap_or((path, ""))
+    } else if let Some(path) = path.strip_prefix("tests/src/bin/") {
+        (
+            "harness",
+            path.split_once('/').map_or("", |(_, modules)| modules),
+        )
+    } else if let Some(path) = path.strip_prefix("tests/src/") {
+        ("harness", path)
+    } else {
+        ("unit", path.split_once("/src/")?.1)
+    };
+    let mut modules: Vec<&str> = modules.split('/').filter(|part| !part.is_empty()).collect();
+    modules.pop_if(|last| matches!(*last, "mod" | "lib" | "main"));
+    Some((suite, modules))
+}
+
+/// Collects the tests that passed from what libtest, or a program that writes as libtest does, says.
+#[derive(Debug, Default)]
+struct Passed {
+    names: BTreeSet<String>,
+    /// A test whose line broke off, as when it runs for long: its result has a line of its own.
+    begun: Option<String>,
+}
+
+impl Passed {
+    fn read(&mut self, line: &str) {
+        let test = line
+            .strip_prefix("test ")
+            .and_then(|line| line.split_once(" ... "));
+        match test {
+            Some((name, result)) => {
+                let name = name.trim_end();
+                let name = name.strip_suffix(" - should panic").unwrap_or(name);
+                self.begun = Some(name.to_owned());
+                self.result(result);
+            }
+            None => self.result(line),
+        }
+    }
+
+    fn result(&mut self, result: &str) {
+        match result {
+            "ok" => self.names.extend(self.begun.take()),
+            "FAILED" => self.begun = None,
+            ignored if ignored.starts_with("ignored") => self.begun = None,
+            _ => {}
+        }
+    }
+}
+
 impl Suite {
     fn new(name: &str, level: Level, select: &[&str]) -> Self {
         Self {
@@ -186,8 +294,8 @@ impl Suite {
         cmd
     }
 
-    /// Runs the suite, passing its output on.
-    fn run(&self, agent: Option<&Path>, args: &[String]) -> Result<Tally> {
+    /// Runs the suite, passing its output on; with the names of the tests that passed.
+    fn run(&self, agent: Option<&Path>, args: &[String]) -> Result<(Tally, BTreeSet<String>)> {
         let mut cmd = self.cargo_test();
         cmd.args(["--no-fail-fast", "--"]);
         if self.level == Level::Netns {
@@ -204,11 +312,13 @@ impl Suite {
             .with_context(|| format!("start {}", proc::line(&cmd)))?;
         let output = child.stdout.take().context("cargo test has no output")?;
         let mut tally = Tally::default();
+        let mut passed = Passed::default();
         for line in BufReader::new(output).split(b'\n') {
             let line = String::from_utf8_lossy(&line?).into_owned();
             if let Some(result) = Tally::parse(&line) {
                 tally += result;
             }
+            passed.read(&line);
             writeln!(stdout(), "{line}")?;
         }
         let status = child.wait().context("wait for cargo test")?;
@@ -222,7 +332,7 @@ impl Suite {
             )?;
             tally.failed = 1;
         }
-        Ok(tally)
+        Ok((tally, passed.names))
     }
 
     /// Compiles the suite and counts its tests as skipped.
@@ -286,7 +396,49 @@ impl fmt::Display for Tally {
 
 #[cfg(test)]
 mod tests {
-    use super::Tally;
+    use super::{Passed, Tally, suite_of};
+
+    #[test]
+    fn passed_tests_are_told_by_name() {
+        let mut passed = Passed::default();
+        for line in [
+            "running 7 tests",
+            "test a::b ... ok",
+            "test area/x::memory   ... ok",
+            "test c - should panic ... ok",
+            "test d ... FAILED",
+            "test e ... ignored, why",
+            "test f ... test f has been running for over 60 seconds",
+            "ok",
+            "test g ... words of its own",
+            "FAILED",
+            "ok",
+            "test result: FAILED. 4 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.05s",
+        ] {
+            passed.read(line);
+        }
+        assert_eq!(
+            passed.names.iter().map(String::as_str).collect::<Vec<_>>(),
+            ["a::b", "area/x::memory", "c", "f"]
+        );
+    }
+
+    #[test]
+    fn files_belong_to_suites() {
+        for (path, suite, modules) in [
+            ("svc-lb/src/lib.rs", "unit", &[][..]),
+            ("svc-lb/src/compile/tests.rs", "unit", &["compile", "tests"]),
+            ("svc-lb/src/compile/mod.rs", "unit", &["compile"]),
+            ("tests/src/prog/rig.rs", "harness", &["prog", "rig"]),
+            ("tests/src/bin/one/two.rs", "harness", &["two"]),
+            ("tests/src/bin/one.rs", "harness", &[]),
+            ("tests/tests/netns.rs", "netns", &[]),
+            ("tests/tests/netns/reach.rs", "netns", &["reach"]),
+        ] {
+            assert_eq!(suite_of(path), Some((suite, modules.to_vec())), "{path}");
+        }
+        assert_eq!(suite_of("README.md"), None);
+    }
 
     #[test]
     fn results_of_libtest_are_read() {

@@ -16,10 +16,10 @@ const TEXT: &[&str] = &["rs", "toml", "md", "yaml", "yml", "json", "sh", "run"];
 const SELF: &str = "xtask/src/tidy.rs";
 
 /// One text file of the repository.
-struct SourceFile {
+pub(crate) struct SourceFile {
     /// Relative to the repository's root, with `/`.
-    path: String,
-    text: String,
+    pub(crate) path: String,
+    pub(crate) text: String,
 }
 
 /// A rule: findings as "path:line: what, and what to do".
@@ -48,7 +48,8 @@ pub(crate) fn check() -> Result<()> {
     bail!("\n  {}", findings.join("\n  "))
 }
 
-fn files() -> Result<Vec<SourceFile>> {
+/// Every text file that is not ignored by git.
+pub(crate) fn files() -> Result<Vec<SourceFile>> {
     let mut files = Vec::new();
     let walk = WalkBuilder::new(".")
         // .ci and .cargo are ours too.
@@ -74,7 +75,7 @@ fn files() -> Result<Vec<SourceFile>> {
 }
 
 impl SourceFile {
-    fn is_rust(&self) -> bool {
+    pub(crate) fn is_rust(&self) -> bool {
         self.has_extension("rs")
     }
 
@@ -85,7 +86,7 @@ impl SourceFile {
     }
 
     /// Lines with their numbers, from 1.
-    fn lines(&self) -> impl Iterator<Item = (usize, &str)> {
+    pub(crate) fn lines(&self) -> impl Iterator<Item = (usize, &str)> {
         (1..).zip(self.text.split('\n'))
     }
 

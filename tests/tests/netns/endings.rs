@@ -21,8 +21,8 @@ use crate::cluster::{
 /// How long the kernel may take to free what nobody uses.
 const SETTLE: Duration = Duration::from_secs(10);
 
-/// G-rows on restarts, and the step's own promise: kill -9 under a thousand connections each way: none breaks, new ones work while no agent runs, the next
-/// agent adopts what is pinned and renumbers nothing.
+/// G9: kill -9 under a thousand connections each way: none breaks, new ones work while no agent runs, the next agent
+/// adopts what is pinned and renumbers nothing.
 #[test]
 fn kill_and_adopt_under_traffic() {
     if !privileged() {
@@ -103,7 +103,7 @@ fn kill_and_adopt_under_traffic() {
     }
 }
 
-/// A change made while no agent runs is found by the next one.
+/// G9: a change made while no agent runs is found by the next one.
 #[test]
 fn next_agent_reconciles() {
     if !privileged() {
@@ -129,7 +129,7 @@ fn next_agent_reconciles() {
     settles(client, to, &["r2"]);
 }
 
-/// SIGTERM is not the end of the service either: only `detach` is.
+/// G9: SIGTERM is not the end of the service either: only `detach` is.
 #[test]
 fn stopped_agent_leaves_the_dataplane() {
     if !privileged() {
@@ -150,7 +150,7 @@ fn stopped_agent_leaves_the_dataplane() {
     assert!(client.echo(to).is_err(), "detached, yet served");
 }
 
-/// After `detach` programs, maps, links, pins, qdiscs, namespaces and routes are as before, also when the agent was
+/// G11: after `detach` programs, maps, links, pins, qdiscs, namespaces and routes are as before, also when the agent was
 /// killed first.
 #[test]
 fn detach_leaves_nothing_behind() {

@@ -15,6 +15,7 @@ use crate::cluster::{
 };
 
 /// G1: a UDP flow whose backend no longer serves moves on with its next packet; the client's socket stays the same.
+/// F7: one socket's datagrams stay together while nothing changes.
 #[test]
 fn udp_flow_moves_when_its_backend_leaves() {
     if !privileged() {
@@ -50,7 +51,6 @@ fn udp_flow_moves_when_its_backend_leaves() {
             });
             let socket = client.udp_connected(to)?;
             let first = socket.ask("x")?.server;
-            // F7: one socket's datagrams stay together while nothing changes.
             for _ in 0..20 {
                 assert_eq!(socket.ask("x")?.server, first);
             }

@@ -157,7 +157,7 @@ fn node_ports_are_the_nodes() {
 }
 
 /// ClientIP affinity: one backend for a client from any port and through any frontend of the port, pinned when the flow
-/// is confirmed; a pin older than the timeout, or whose backend is gone, is none (SEMANTICS F1, F2, F3, F5).
+/// is confirmed; a pin older than the timeout, or whose backend drains or is gone, is none (SEMANTICS F1, F2, F3, F4, F5).
 #[test]
 fn affinity_holds_a_client() {
     for_families(|bench, w| {
@@ -192,17 +192,28 @@ fn affinity_holds_a_client() {
             assert_eq!(connect(bench, port, w.vip), first, "{count} others");
         }
 
-        // Gone: picked anew and pinned anew.
-        let without: Vec<_> = backends
-            .iter()
-            .copied()
-            .filter(|backend| *backend != first)
-            .collect();
-        bench.program(affine(&without));
+        // Draining: it still serves, but another one is picked and pinned.
+        let mut draining = affine(&backends);
+        for backend in &mut draining.backends {
+            backend.in_cluster = backend.address != first;
+        }
+        bench.program(draining);
         let second = connect(bench, 1_200, w.vip);
         assert_ne!(second, first);
         bench.program(affine(&backends));
         assert_eq!(connect(bench, 1_201, w.vip), second, "the new pin");
+
+        // Gone: the same.
+        let without: Vec<_> = backends
+            .iter()
+            .copied()
+            .filter(|backend| *backend != second)
+            .collect();
+        bench.program(affine(&without));
+        let third = connect(bench, 1_210, w.vip);
+        assert_ne!(third, second);
+        bench.program(affine(&backends));
+        assert_eq!(connect(bench, 1_211, w.vip), third, "the newer pin");
 
         // Too old: the table alone decides again, as it did for the first connection.
         let idle = 10 * u64::from(bench.rig.config.hz);

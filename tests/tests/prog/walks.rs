@@ -8,7 +8,7 @@ use svc_lb_tests::prog::tables::{Describe as _, at};
 
 use crate::bench::*;
 
-/// ClusterIP from a pod: backend seen by the client's own address, answers from the ClusterIP; a flow moves to
+/// ClusterIP from a pod (SEMANTICS A1): backend seen by the client's own address, answers from the ClusterIP; a flow moves to
 /// `established` when the client sends again after the backend's answer; a SYN after both FINs is a new flow.
 #[test]
 fn a_tcp_connection_lives_and_ends() {
@@ -93,7 +93,7 @@ fn a_reset_connection_is_over() {
     });
 }
 
-/// UDP: the same flow and the same walk; a zero IPv4 checksum means none and stays zero (SEMANTICS E10).
+/// UDP: the same flow and the same walk (SEMANTICS F7); a zero IPv4 checksum means none and stays zero (SEMANTICS E10).
 #[test]
 fn datagrams_of_one_socket_stay_together() {
     for_families(|bench, w| {
