@@ -61,7 +61,8 @@ record! {
         pub seen: u32,
         /// What the client must show before the flow leaves `opening`. TCP: the sequence number
         /// that the backend last said, host byte order, of which the client must acknowledge one
-        /// within [`PROOF_WINDOW`]. UDP: low 32 bits of jiffies when the flow was opened, of which
+        /// within [`PROOF_WINDOW`]. SCTP: the verification tag that the backend gave it, as it lies in
+        /// packets. UDP: low 32 bits of jiffies when the flow was opened, of which
         /// [`PROOF_SECONDS`] must have passed.
         pub proof: u32,
     }

@@ -18,6 +18,7 @@ pub mod backend;
 pub mod checksum;
 pub mod config;
 pub mod conntrack;
+pub mod crc32c;
 pub mod edge;
 pub mod guard;
 pub mod hash;

@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
 use svc_lb_common::conntrack::{Flow, FlowKey, INBOUND, OUTBOUND};
+use svc_lb_common::crc32c;
 use svc_lb_common::outcome::{COUNTERS, Event, Hook, Lru, Outcome, Tally, counter};
 use svc_lb_common::service::{Frontend, FrontendKey, Range, Service, kind, slot};
 use svc_lb_common::{
@@ -132,7 +133,50 @@ fn flow() -> impl Strategy<Value = (FlowKey<Addr6>, Flow<Addr6>)> {
         )
 }
 
+/// CRC32c as RFC 9260 defines it, bit by bit.
+fn crc32c_by_definition(bytes: &[u8]) -> u32 {
+    let mut register = u32::MAX;
+    for byte in bytes {
+        register ^= u32::from(*byte);
+        for _ in 0..8 {
+            let out = register & 1;
+            register = (register >> 1) ^ (out * 0x82f6_3b78);
+        }
+    }
+    !register
+}
+
+/// The check value of CRC-32/ISCSI, as catalogues of CRCs give it.
+#[test]
+fn crc32c_check_value() {
+    assert_eq!(crc32c_by_definition(b"123456789"), 0xe306_9283);
+}
+
 proptest! {
+    /// A5: an SCTP checksum changed for new ports is the one computed anew, for any length.
+    #[test]
+    fn crc32c_update_is_recomputation(
+        mut packet in prop::collection::vec(any::<u8>(), 12..3_000),
+        ports in any::<[u8; 4]>(),
+    ) {
+        packet[8..12].fill(0);
+        let before = crc32c_by_definition(&packet).to_le();
+        let old = u32::from_ne_bytes(packet[..4].try_into().unwrap());
+        let length = u32::try_from(packet.len()).unwrap();
+        packet[..4].copy_from_slice(&ports);
+        let new = u32::from_ne_bytes(ports);
+        let after = crc32c::update(before, old, new, length, &crc32c::TABLE);
+        prop_assert_eq!(after, crc32c_by_definition(&packet).to_le());
+    }
+
+    /// The longest packets there are.
+    #[test]
+    fn crc32c_shift_adds_up(register in any::<u32>(), first in 0..=65_535_u32, second in 0..=65_535_u32) {
+        prop_assume!(first + second <= 65_535);
+        let step = |register, bytes| crc32c::shift(register, bytes, &crc32c::TABLE);
+        prop_assert_eq!(step(step(register, first), second), step(register, first + second));
+    }
+
     /// Updating a checksum for changed words gives what computing it anew gives.
     #[test]
     fn update_is_recomputation(

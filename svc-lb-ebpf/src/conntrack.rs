@@ -7,6 +7,7 @@ use core::mem::offset_of;
 
 use aya_ebpf::helpers::generated::bpf_jiffies64;
 use aya_ebpf::maps::LruHashMap;
+use network_types::sctp::SctpHdr;
 use network_types::tcp::TcpHdr;
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::conntrack::{
@@ -181,6 +182,25 @@ fn tells_proof<A: Address>(met: &Met<A>, entry: &Entry<A>) -> bool {
     entry.opening && !met.is_udp() && met.gained & state::ANSWERED != 0
 }
 
+/// Notes what the client must show: the acknowledgement of what the backend said, or, of SCTP, the
+/// verification tag that it asks for in its INIT ACK (RFC 9260 3.3.3, 8.5).
+#[inline(always)]
+fn tell_proof<P: Packet, A: Address>(packet: &P, met: &mut Met<A>) {
+    let syn = met.flags & SYN != 0;
+    if met.is_sctp() {
+        if syn && let Ok(tag) = packet.load::<u32>(met.l4 as usize + INITIATE_TAG) {
+            met.flow.proof = tag;
+        }
+        return;
+    }
+    if let Ok(sequence) = packet.load::<u32>(met.l4 as usize + offset_of!(TcpHdr, seq)) {
+        met.flow.proof = u32::from_be(sequence).wrapping_add(syn as u32);
+    }
+}
+
+/// Offset of the initiate tag of an INIT ACK that is an SCTP packet's first chunk.
+const INITIATE_TAG: usize = SctpHdr::LEN + 4;
+
 /// Writes what a packet changed to both entries, and makes the other one again if it was evicted:
 /// without it the flow's packets one way would pass as they are.
 ///
@@ -190,11 +210,8 @@ fn tells_proof<A: Address>(met: &Met<A>, entry: &Entry<A>) -> bool {
 fn note<P: Packet, F: Family>(packet: &P, met: &mut Met<F::Addr>, entry: &Entry<F::Addr>) {
     met.flow.seen = now();
     met.flow.state = met.state();
-    if tells_proof(met, entry)
-        && let Ok(sequence) = packet.load::<u32>(met.l4 as usize + offset_of!(TcpHdr, seq))
-    {
-        let taken_by_syn = (met.flags & SYN != 0) as u32;
-        met.flow.proof = u32::from_be(sequence).wrapping_add(taken_by_syn);
+    if tells_proof(met, entry) {
+        tell_proof(packet, met);
     }
     write(entry.element, met);
     set_peer(met);
@@ -254,6 +271,10 @@ pub(crate) fn confirms<P: Packet, A: Address>(packet: &P, met: &Met<A>, entry: &
     }
     if met.flags & ACK == 0 {
         return false;
+    }
+    if met.is_sctp() {
+        let tag = packet.load::<u32>(met.l4 as usize + offset_of!(SctpHdr, verification_tag));
+        return tag.is_ok_and(|tag| tag == flow.proof && tag != 0);
     }
     let acknowledged = packet.load::<u32>(met.l4 as usize + offset_of!(TcpHdr, ack_seq));
     acknowledged.is_ok_and(|number| {

@@ -139,7 +139,8 @@ pub(crate) fn way<P: Packet, F: Family + Route>(packet: &P, met: &mut Met<F::Add
 #[inline(always)]
 fn length<P: Packet, F: Route>(packet: &P, met: &Met<F::Addr>) -> Step<u16> {
     let segment = packet.segment();
-    if segment == 0 {
+    // (SCTP's segments are not of one size.)
+    if segment == 0 || met.is_sctp() {
         return F::length(packet, met.l3 as usize);
     }
     let header = if met.is_udp() {

@@ -49,7 +49,7 @@ pub(crate) struct Met<A: Address> {
     pub(crate) gained: u32,
     /// State bits that the packet clears.
     pub(crate) lost: u32,
-    /// TCP flags; 0 for other protocols.
+    /// TCP flags; of SCTP what is like them, 0 for UDP.
     pub(crate) flags: u8,
     /// Why it may concern us.
     pub(crate) concern: Concern,
@@ -104,7 +104,13 @@ impl<A: Address> Met<A> {
         unsafe { &mut *met }
     }
 
-    /// Whether it is UDP; else it is TCP.
+    /// Whether it is SCTP.
+    #[inline(always)]
+    pub(crate) fn is_sctp(&self) -> bool {
+        self.key.protocol == Protocol::Sctp as u8
+    }
+
+    /// Whether it is UDP; else it has connections, TCP's or SCTP's.
     #[inline(always)]
     pub(crate) fn is_udp(&self) -> bool {
         self.key.protocol == Protocol::Udp as u8

@@ -3,26 +3,27 @@
 use core::mem::offset_of;
 
 use network_types::ip::Ipv4Hdr;
+use network_types::sctp::SctpHdr;
 use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
 use svc_lb_common::checksum::difference;
 use svc_lb_common::conntrack::{Flow, FlowKey};
-use svc_lb_common::{Address, Family as Af};
+use svc_lb_common::{Address, Be16, Family as Af, crc32c};
 
-use crate::family::Family;
+use crate::forward::Route;
 use crate::met::Met;
 use crate::packet::{Packet, Step, TransportChecksum, Wire};
 
 /// Offset of the header checksum in an IPv4 header.
 const IP_CHECK: usize = offset_of!(Ipv4Hdr, check);
-/// Offset of the destination port; the source's is 0, in TCP and UDP alike.
+/// Offset of the destination port; the source's is 0, in TCP, UDP and SCTP alike.
 const DESTINATION_PORT: usize = offset_of!(UdpHdr, dst);
 
 /// Rewrites a packet's addresses and ports to its flow's.
 ///
 /// Checksums go first: a kernel that refuses to change one leaves the packet as it was.
 #[inline(always)]
-pub(crate) fn translate<P: Packet, F: Family<Addr: Wire>>(
+pub(crate) fn translate<P: Packet, F: Route<Addr: Wire>>(
     packet: &P,
     met: &Met<F::Addr>,
 ) -> Step<()> {
@@ -42,7 +43,16 @@ pub(crate) fn translate<P: Packet, F: Family<Addr: Wire>>(
         zero_is_none: met.is_udp(),
         v6,
     };
-    packet.update_transport_checksum(l4 + check, kind, addresses, port_difference(key, flow))?;
+    if met.is_sctp() {
+        update_sctp::<P, F>(packet, met)?;
+    } else {
+        packet.update_transport_checksum(
+            l4 + check,
+            kind,
+            addresses,
+            port_difference(key, flow),
+        )?;
+    }
     if !v6 {
         packet.update_ip_checksum(l3 + IP_CHECK, addresses)?;
     }
@@ -60,6 +70,28 @@ pub(crate) fn translate<P: Packet, F: Family<Addr: Wire>>(
     }
     Ok(())
 }
+
+/// Changes an SCTP packet's checksum to that of its flow's ports; it covers no addresses.
+///
+/// Where the kernel has yet to compute it, what is written here is overwritten.
+#[inline(never)]
+fn update_sctp<P: Packet, F: Route<Addr: Wire>>(packet: &P, met: &Met<F::Addr>) -> Step<()> {
+    let Met { key, flow, .. } = met;
+    let (l3, l4) = (met.l3 as usize, met.l4 as usize);
+    let ports = |source: Be16, destination: Be16| source.0 as u32 | (destination.0 as u32) << 16;
+    let old = ports(key.source_port, key.destination_port);
+    let new = ports(flow.source_port, flow.destination_port);
+    if old == new {
+        return Ok(());
+    }
+    let length = (F::length(packet, l3)? as usize).saturating_sub(l4 - l3);
+    let at = l4 + offset_of!(SctpHdr, checksum);
+    let check = packet.load::<u32>(at)?;
+    packet.store(at, &crc32c::update(check, old, new, length as u32, &CRC32C))
+}
+
+/// A copy of the programs' own.
+static CRC32C: [u32; crc32c::TABLE_SIZE] = crc32c::TABLE;
 
 /// The ports' part of the checksum's change; 0 where they stay.
 #[inline(always)]

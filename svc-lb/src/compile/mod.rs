@@ -11,7 +11,7 @@ mod notes;
 mod tests;
 
 use serde::Serialize;
-use svc_lb_common::{Family, Protocol};
+use svc_lb_common::Family;
 
 pub use self::desired::HealthCheck;
 pub use self::notes::{Note, Reason, TopologyMode};
@@ -182,9 +182,6 @@ fn compile_port(
     };
 
     let mut notes = notes.port(port, family);
-    if port.protocol == Protocol::Sctp {
-        notes.add(Reason::ProtocolNotProgrammed);
-    }
     let source_ranges = frontends::source_ranges(service, &frontends, family, node);
     let set = endpoints::categorize(port, family, slices, node, usage, &mut notes);
     let algorithm = service.algorithm.value().unwrap_or(options.algorithm);

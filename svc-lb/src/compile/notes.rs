@@ -61,8 +61,6 @@ pub enum Reason {
     NoHealthCheckNodePort,
     /// Source ranges of the other family only: this family admits everyone (SEMANTICS B7).
     SourceRangesOfOtherFamily,
-    /// Compiled, but the dataplane has no SCTP yet.
-    ProtocolNotProgrammed,
     /// Another proxy's slice, by label (SEMANTICS A4).
     ForeignSlice {
         /// The slice.
@@ -178,7 +176,6 @@ impl fmt::Display for Reason {
             Self::SourceRangesOfOtherFamily => f.write_str(
                 "loadBalancerSourceRanges has no range of this family: everyone is admitted",
             ),
-            Self::ProtocolNotProgrammed => f.write_str("SCTP is not programmed yet"),
             Self::ForeignSlice { slice, label } => write!(
                 f,
                 "slice {slice} is not ours: label service.kubernetes.io/service-proxy-name is {}",
