@@ -11,7 +11,7 @@ const fn budget(hook: Hook) -> u32 {
     match hook {
         Hook::XdpIngress => 250_000,
         Hook::TcIngress => 300_000,
-        Hook::TcEgress => 30_000,
+        Hook::TcEgress => 100_000,
     }
 }
 

@@ -31,7 +31,7 @@ pub(crate) fn transport<P: Packet>(packet: &P, payload: &Payload) -> Step<Transp
         Some(Protocol::Sctp) => {
             packet.ensure(l4 + SctpHdr::LEN + CHUNK)?;
             packet.load::<u32>(l4 + offset_of!(SctpHdr, checksum))?;
-            let [chunk, _] = packet.load::<[u8; 2]>(l4 + SctpHdr::LEN)?;
+            let [chunk, ..] = packet.load::<[u8; CHUNK]>(l4 + SctpHdr::LEN)?;
             ports(packet, Protocol::Sctp, l4, sctp_flags(chunk))
         }
         None => Err(Outcome::OtherProtocol),

@@ -21,12 +21,12 @@ use svc_lb::dataplane::loader;
 use svc_lb::dataplane::pins::Pins;
 use svc_lb::dataplane::sizes::MapSizes;
 use svc_lb_common::config::Config;
-use svc_lb_tests::lab::addresses::SERVICES;
+use svc_lb_tests::lab::addresses::{NODE_A, SERVICES};
 use svc_lb_tests::lab::agent::{self, AgentConfig, AgentProcess};
 use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::objects::{Manifests, Protocol, Service};
 use svc_lb_tests::lab::process::collected;
-use svc_lb_tests::lab::{Family, Lab, POD_INTERFACES, UPLINK, server};
+use svc_lb_tests::lab::{Family, Lab, POD_INTERFACES, UPLINK, sctp, server};
 
 /// A test that `cargo xtask vm` can run by name.
 type Test = fn() -> Result<()>;
@@ -74,6 +74,7 @@ fn run() -> Result<()> {
         ("load", load),
         ("lab", lab),
         ("clusterip", clusterip),
+        ("sctp", sctp_associations),
     ];
     if let Some(unknown) = wanted
         .iter()
@@ -239,6 +240,50 @@ fn clusterip() -> Result<()> {
     agent.detach()?;
     if pins.exists() {
         bail!("detach leaves {}", pins.display());
+    }
+    Ok(())
+}
+
+/// Associations through a ClusterIP from a pod, and through a NodePort from outside, to backends here and on another
+/// node: with other ports behind the frontend, so that the checksum changes, and over wires that carry it in full.
+fn sctp_associations() -> Result<()> {
+    let lab = Lab::builder()
+        .name("vm")
+        .routed("a")
+        .bridged("b")
+        .routed("c")
+        .remote("far")
+        .clients(1)
+        .build()?;
+    let backends = ["a", "b", "far"];
+    for pod in backends.map(|name| lab.pod(name)) {
+        for family in Family::BOTH {
+            sctp::serve(pod.ns(), pod.name(), pod.addr().socket(family, 3868))?;
+        }
+    }
+    let service = Service::new("diameter", SERVICES.nth(80))
+        .port("peer", Protocol::Sctp, 38, 3868)
+        .node_port(30_038)
+        .pods(backends.map(|name| lab.pod(name)));
+    let manifests = Manifests::create(lab.dir(), &[service])?;
+    for xdp in ["off", "generic"] {
+        let config = AgentConfig::manifests(manifests.path()).xdp(xdp);
+        let mut agent = AgentProcess::start(&lab, config)?;
+        for family in Family::BOTH {
+            for (client, to) in [
+                (lab.pod("c").ns(), SERVICES.nth(80).socket(family, 38)),
+                (lab.client(0).ns(), NODE_A.socket(family, 30_038)),
+            ] {
+                let seen: BTreeSet<String> = (0..TRIES * 2)
+                    .map(|_| Ok(sctp::ask(client, to)?.0))
+                    .collect::<Result<_>>()?;
+                let wanted = backends.map(str::to_owned).into();
+                if seen != wanted {
+                    bail!("SCTP to {to}, XDP {xdp}, hit {seen:?}, not {wanted:?}");
+                }
+            }
+        }
+        agent.detach()?;
     }
     Ok(())
 }

@@ -25,6 +25,7 @@ pub mod objects;
 pub mod process;
 pub mod receiver;
 pub mod run;
+pub mod sctp;
 pub mod server;
 mod topology;
 

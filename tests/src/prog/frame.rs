@@ -70,6 +70,11 @@ pub enum Transport {
         /// Without: the checksum field is 0.
         checksum: bool,
     },
+    /// An SCTP packet with one chunk, which says what TCP's flags would.
+    Sctp {
+        /// Bits of [`flags`].
+        flags: u8,
+    },
     /// Anything else: its payload begins with the two ports all the same.
     Other(u8),
 }
@@ -81,6 +86,7 @@ impl Transport {
         match self {
             Self::Tcp { .. } => next::TCP,
             Self::Udp { .. } => next::UDP,
+            Self::Sctp { .. } => next::SCTP,
             Self::Other(number) => number,
         }
     }
@@ -116,7 +122,7 @@ pub struct Frame {
     pub part: Option<Part>,
     /// TCP, UDP or another.
     pub transport: Transport,
-    /// TCP's sequence number and the one it acknowledges.
+    /// TCP's sequence number and the one it acknowledges; SCTP's initiate and verification tags.
     pub numbers: [u32; 2],
     /// What follows the transport header.
     pub payload: Vec<u8>,
@@ -128,6 +134,39 @@ pub struct Frame {
 const NUMBERS: [u32; 2] = [0x1122_3344, 0x5566_7788];
 const CLIENT_MAC: Mac = [0x02, 0, 0, 0, 0, 0x0c];
 const NODE_MAC: Mac = [0x02, 0, 0, 0, 0, 0x01];
+
+/// The type of the chunk that says the same as TCP's flags.
+const fn chunk(tcp: u8) -> u8 {
+    match tcp {
+        _ if tcp & flags::RST != 0 => 6,
+        _ if tcp & flags::FIN != 0 => 7,
+        _ if tcp & (flags::SYN | flags::ACK) == flags::SYN | flags::ACK => 2,
+        _ if tcp & flags::SYN != 0 => 1,
+        _ => 0,
+    }
+}
+
+/// What TCP would say in place of a chunk: INIT, INIT ACK, ABORT, SHUTDOWN and its ACK, or anything else.
+#[must_use]
+pub const fn sctp_flags(chunk: u8) -> u8 {
+    match chunk {
+        1 => flags::SYN,
+        2 => flags::SYN | flags::ACK,
+        6 => flags::RST | flags::ACK,
+        7 | 8 => flags::FIN | flags::ACK,
+        _ => flags::ACK,
+    }
+}
+
+/// SCTP's checksum, bit by bit (RFC 9260, appendix A).
+#[must_use]
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |register, byte| {
+        (0..8).fold(register ^ u32::from(*byte), |register, _| {
+            (register >> 1) ^ ((register & 1) * 0x82f6_3b78)
+        })
+    })
+}
 
 impl Frame {
     /// A TCP segment.
@@ -180,11 +219,12 @@ impl Frame {
     pub fn answer(&self, flags: u8) -> Self {
         let transport = match self.transport {
             Transport::Tcp { .. } => Transport::Tcp { flags },
+            Transport::Sctp { .. } => Transport::Sctp { flags },
             other @ (Transport::Udp { .. } | Transport::Other(_)) => other,
         };
         let [destination, source] = self.macs;
         let numbers = match (transport, self.numbers) {
-            (Transport::Tcp { .. }, [sent, expected]) => [expected, sent],
+            (Transport::Tcp { .. } | Transport::Sctp { .. }, [sent, expected]) => [expected, sent],
             (Transport::Udp { .. } | Transport::Other(_), numbers) => numbers,
         };
         Self {
@@ -199,11 +239,17 @@ impl Frame {
         }
     }
 
-    /// The same segment with other flags.
+    /// The same segment or packet with other flags.
     #[must_use]
     pub fn with_flags(&self, flags: u8) -> Self {
+        let transport = match self.transport {
+            Transport::Sctp { .. } => Transport::Sctp { flags },
+            Transport::Tcp { .. } | Transport::Udp { .. } | Transport::Other(_) => {
+                Transport::Tcp { flags }
+            }
+        };
         Self {
-            transport: Transport::Tcp { flags },
+            transport,
             ..self.clone()
         }
     }
@@ -352,6 +398,11 @@ impl Frame {
                 body.extend([0x50, flags, 0xfa, 0xf0, 0, 0, 0, 0]);
                 Some(16)
             }
+            Transport::Sctp { flags } => {
+                let [initiate, verify] = self.numbers.map(u32::to_be_bytes);
+                body.extend([verify, [0; 4], [chunk(flags), 0, 0, 8], initiate].concat());
+                None
+            }
             Transport::Udp { checksum } => {
                 body.extend(be16(8 + self.payload.len()));
                 body.extend([0, 0]);
@@ -360,6 +411,10 @@ impl Frame {
             Transport::Other(_) => None,
         };
         body.extend(&self.payload);
+        if let Transport::Sctp { .. } = self.transport {
+            let check = crc32c(&body).to_le_bytes();
+            body.splice(8..12, check);
+        }
         if let Some(at) = check {
             let sums = sum(self.pseudo_sum(body.len()), &body);
             let check = match (!fold(sums), self.transport) {
@@ -419,7 +474,7 @@ impl Frame {
             (number, hops) = (*bytes.get(l3 + 6)?, *bytes.get(l3 + 7)?);
             l4 = l3 + 40;
             end = l4 + usize::from(word(bytes, l3 + 4)?);
-            while ![next::TCP, next::UDP].contains(&number) {
+            while ![next::TCP, next::UDP, next::SCTP].contains(&number) {
                 let units = usize::from(*bytes.get(l4 + 1)?);
                 let length = match number {
                     next::HOP_BY_HOP | next::ROUTING | next::DESTINATION => (units + 1) * 8,
@@ -436,6 +491,11 @@ impl Frame {
                 let flags = *bytes.get(l4 + 13)?;
                 let numbers = [double_word(bytes, l4 + 4)?, double_word(bytes, l4 + 8)?];
                 (Transport::Tcp { flags }, numbers, 20)
+            }
+            next::SCTP => {
+                let numbers = [double_word(bytes, l4 + 16)?, double_word(bytes, l4 + 4)?];
+                let flags = sctp_flags(*bytes.get(l4 + 12)?);
+                (Transport::Sctp { flags }, numbers, 20)
             }
             next::UDP => {
                 let checksum = word(bytes, l4 + 6)? != 0;

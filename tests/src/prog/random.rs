@@ -184,7 +184,9 @@ const fn kind_of(service: u8) -> (Family, Protocol) {
     } else {
         Family::V4
     };
-    let protocol = if service.is_multiple_of(2) {
+    let protocol = if service >= 7 && service < 9 {
+        Protocol::Sctp
+    } else if service.is_multiple_of(2) {
         Protocol::Tcp
     } else {
         Protocol::Udp
@@ -390,7 +392,14 @@ impl Traffic {
                     tcp_flags(rng)
                 },
             },
-            Protocol::Udp | Protocol::Sctp => Transport::Udp {
+            Protocol::Sctp => Transport::Sctp {
+                flags: if rng.bool() {
+                    flags::SYN
+                } else {
+                    tcp_flags(rng)
+                },
+            },
+            Protocol::Udp => Transport::Udp {
                 checksum: rng.u8(..8) > 0,
             },
         };
@@ -484,7 +493,7 @@ impl Traffic {
             }
             _ => {
                 let mut again = match sent.transport {
-                    Transport::Tcp { .. } => sent.with_flags(flags),
+                    Transport::Tcp { .. } | Transport::Sctp { .. } => sent.with_flags(flags),
                     Transport::Udp { .. } | Transport::Other(_) => sent.clone(),
                 };
                 again.hops = hops(rng);
@@ -536,11 +545,14 @@ fn family(rng: &mut Rng) -> Family {
 }
 
 fn protocol(rng: &mut Rng) -> Protocol {
-    if rng.bool() {
-        Protocol::Tcp
-    } else {
-        Protocol::Udp
-    }
+    let all = [
+        Protocol::Tcp,
+        Protocol::Tcp,
+        Protocol::Udp,
+        Protocol::Udp,
+        Protocol::Sctp,
+    ];
+    rng.choice(all).expect("a protocol")
 }
 
 fn hops(rng: &mut Rng) -> u8 {

@@ -27,7 +27,9 @@ use svc_lb_common::outcome::{Event, Fate, Hook, Outcome};
 use svc_lb_common::service::{Range, Service, flag, kind};
 use svc_lb_common::{Addr4, Addr6, Be16, Family, Protocol};
 
-use super::frame::{ETHERNET, QINQ, VLAN, flags, next, octets, pseudo_sum, word};
+use super::frame::{
+    ETHERNET, QINQ, VLAN, crc32c, flags, next, octets, pseudo_sum, sctp_flags, word,
+};
 use super::network::{BRIDGE_SOURCES, Hop, MTU, NEIGHBOURS, Out, hop};
 use super::rig::Verdict;
 use crate::lab::netlink::Mac;
@@ -260,12 +262,18 @@ struct Read {
     tuple: Tuple,
     flags: u8,
     /// TCP's numbers.
-    sequence: u32,
+    /// SCTP: the initiate tag of an INIT or INIT ACK, if it is there.
+    sequence: Option<u32>,
+    /// SCTP: the verification tag.
     acknowledges: u32,
     first_fragment: bool,
 }
 
 impl Read {
+    const fn is_sctp(&self) -> bool {
+        self.tuple.protocol == next::SCTP
+    }
+
     const fn is_udp(&self) -> bool {
         self.tuple.protocol == next::UDP
     }
@@ -607,8 +615,14 @@ impl Reference {
         }
         let proves = answers && !read.is_udp() && !connection.established;
         if proves {
-            let syn = u32::from(read.flags & flags::SYN != 0);
-            connection.heard = read.sequence.wrapping_add(syn);
+            let syn = read.flags & flags::SYN != 0;
+            match read.sequence {
+                Some(sequence) if !read.is_sctp() => {
+                    connection.heard = sequence.wrapping_add(u32::from(syn));
+                }
+                Some(tag) if syn => connection.heard = tag,
+                _ => {}
+            }
         }
         let after = (connection.answered, connection.fin, connection.reset);
         if proves || after != before || connection.stale {
@@ -1136,7 +1150,7 @@ impl Reference {
 
     /// A NodePort of the protocol, or a port that translated sources have.
     fn is_node_port(&self, protocol: u8, port: u16) -> bool {
-        let protocol = Protocol::from_number(protocol).expect("TCP or UDP");
+        let protocol = Protocol::from_number(protocol).expect("TCP, UDP or SCTP");
         let (word, mask) = GuardBit::Port { protocol, port }.position();
         let programmed = self
             .tables
@@ -1188,6 +1202,11 @@ impl Connection {
         }
         if read.is_udp() {
             return self.aged;
+        }
+        if read.is_sctp() {
+            return read.flags & flags::ACK != 0
+                && read.acknowledges == self.heard
+                && self.heard != 0;
         }
         let distance = read.acknowledges.wrapping_sub(self.heard).cast_signed();
         read.flags & flags::ACK != 0 && -PROOF <= distance && distance < PROOF
@@ -1368,11 +1387,16 @@ fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
         next::TCP => {
             let [_, flags, ..] = bytes::<8>(frame, l4 + 12)?;
             let number = |at| Ok(u32::from_be_bytes(bytes::<4>(frame, l4 + at)?));
-            (flags, number(4)?, number(8)?)
+            (flags, Some(number(4)?), number(8)?)
         }
         next::UDP => {
             let _checksum = bytes::<2>(frame, l4 + 6)?;
-            (0, 0, 0)
+            (0, None, 0)
+        }
+        next::SCTP => {
+            let [chunk, ..] = bytes::<4>(frame, l4 + 12)?;
+            let number = |at| bytes::<4>(frame, l4 + at).map(u32::from_be_bytes);
+            (sctp_flags(chunk), number(16).ok(), number(4)?)
         }
         _ => return Err(Outcome::OtherProtocol),
     };
@@ -1411,13 +1435,17 @@ fn translate(frame: &mut [u8], read: &Read, [source, destination]: [SocketAddr; 
     } else {
         (16, false)
     };
-    adjust(
-        frame,
-        read.l4 + at,
-        old + ports(old_source, old_destination),
-        new + ports(source, destination),
-        udp,
-    );
+    if read.is_sctp() {
+        adjust_sctp(frame, read, [source.port(), destination.port()]);
+    } else {
+        adjust(
+            frame,
+            read.l4 + at,
+            old + ports(old_source, old_destination),
+            new + ports(source, destination),
+            udp,
+        );
+    }
     let addresses = if source.is_ipv4() {
         adjust(frame, read.l3 + 10, old, new, false);
         12
@@ -1428,6 +1456,26 @@ fn translate(frame: &mut [u8], read: &Read, [source, destination]: [SocketAddr; 
     put(frame, read.l3 + addresses, &both);
     put(frame, read.l4, &source.port().to_be_bytes());
     put(frame, read.l4 + 2, &destination.port().to_be_bytes());
+}
+
+/// Keeps an SCTP packet's checksum as right or wrong as it was when its ports become others: the checksum is
+/// linear, so whatever else is in the packet cancels out.
+fn adjust_sctp(frame: &mut [u8], read: &Read, new: [u16; 2]) {
+    let length = usize::from(read.length)
+        .saturating_sub(read.l4 - read.l3)
+        .max(12);
+    let old = [read.tuple.source.port(), read.tuple.destination.port()];
+    let crc = |ports: [u16; 2]| {
+        let mut packet = vec![0; length];
+        put(&mut packet, 0, &ports.map(u16::to_be_bytes).concat());
+        crc32c(&packet)
+    };
+    let field = bytes::<4>(frame, read.l4 + 8).expect("it was read");
+    // 0: not computed yet.
+    if old != new && field != [0; 4] {
+        let check = u32::from_le_bytes(field) ^ crc(old) ^ crc(new);
+        put(frame, read.l4 + 8, &check.to_le_bytes());
+    }
 }
 
 /// Keeps a checksum as right or wrong as it was when what it covers changes in sum from `old` to `new`.

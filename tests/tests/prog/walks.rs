@@ -4,9 +4,54 @@ use svc_lb::dataplane::FlowTable;
 use svc_lb_common::Protocol;
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_tests::prog::Frame;
+use svc_lb_tests::prog::frame::Transport;
 use svc_lb_tests::prog::tables::{Describe as _, at};
 
 use crate::bench::*;
+
+/// An SCTP association (SEMANTICS A5) through ports that differ, its checksum right on both sides; it is confirmed by the tag that
+/// the backend asked for, and over after both have shut it down.
+#[test]
+fn an_sctp_association_lives_and_ends() {
+    for_families(|bench, w| {
+        bench.program(w.port(Protocol::Sctp).backends(&[w.remote]));
+        let init = Frame::new(w.client, w.vip, Transport::Sctp { flags: SYN });
+        bench
+            .pod_sends(&init)
+            .became(Outcome::Open, &init.clone().to(w.remote));
+        let answer = init.clone().to(w.remote).answer(SYN | ACK);
+        bench
+            .pod_gets(&answer)
+            .became(Outcome::Reverse, &answer.clone().from(w.vip));
+        assert_eq!(tables(bench), [FlowTable::Opening; 2]);
+
+        // Who does not know the tag has not seen the answer.
+        let [initiate, verify] = init.numbers;
+        let mut forged = init.with_flags(ACK);
+        forged.numbers = [initiate, verify ^ 1];
+        bench
+            .pod_sends(&forged)
+            .became(Outcome::ForwardOpening, &forged.clone().to(w.remote));
+        let data = init.with_flags(ACK);
+        let out = bench
+            .pod_sends(&data)
+            .translated(Outcome::ForwardOpening, &[Event::Promoted]);
+        assert_eq!(out, data.clone().to(w.remote));
+        assert_eq!(tables(bench), [FlowTable::Established; 2]);
+
+        let shutdown = init.with_flags(FIN);
+        bench
+            .pod_sends(&shutdown)
+            .became(Outcome::Forward, &shutdown.clone().to(w.remote));
+        let and_ours = answer.with_flags(FIN);
+        bench
+            .pod_gets(&and_ours)
+            .became(Outcome::Reverse, &and_ours.clone().from(w.vip));
+        bench
+            .pod_sends(&init)
+            .became(Outcome::Open, &init.clone().to(w.remote));
+    });
+}
 
 /// ClusterIP from a pod (SEMANTICS A1): backend seen by the client's own address, answers from the ClusterIP; a flow moves to
 /// `established` when the client sends again after the backend's answer; a SYN after both FINs is a new flow.

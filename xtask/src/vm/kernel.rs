@@ -21,6 +21,7 @@ const MODULES: &[&str] = &[
     "br_netfilter",
     "8021q",
     "dummy",
+    "sctp",
     "sch_ingress",
     "cls_bpf",
     "nf_conntrack",
