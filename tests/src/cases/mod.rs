@@ -2,7 +2,7 @@
 //!
 //! A case names the rows of `docs/semantics.md` that it proves, and has steps: objects that come, change and go, and
 //! what is programmed after each. Everything between is the agent's own: reading of manifests, model, compile, plan
-//! and apply ([`world`]); what is programmed is read back and written down as text ([`text`]).
+//! and apply (`world`); what is programmed is read back and written down as text (`text`).
 //!
 //! Each case is three tests, `<area>/<name>::<store>`: against the maps in memory; against maps whose writes fail, by
 //! several seeds, which end the same; and against the kernel's, which hold byte for byte what the maps in memory do.

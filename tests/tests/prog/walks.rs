@@ -148,7 +148,7 @@ fn datagrams_of_one_socket_stay_together() {
         assert!([w.local, w.remote].contains(&out.destination));
         for length in [0, 1, 2, 7, 1_400] {
             for checksum in [true, false] {
-                datagram.transport = svc_lb_tests::prog::frame::Transport::Udp { checksum };
+                datagram.transport = Transport::Udp { checksum };
                 datagram.payload = vec![0xa5; length];
                 let ran = bench.pod_sends(&datagram);
                 ran.became(
