@@ -236,7 +236,7 @@ mod user {
     }
 
     /// An address that user space can turn into and make from `std`'s.
-    pub trait HostAddress: super::Address + fmt::Debug + aya::Pod {
+    pub trait HostAddress: super::Address + fmt::Debug + aya::Pod + Send {
         /// To `std`'s.
         fn to_ip(self) -> IpAddr;
         /// From `std`'s; `None` for the other family.

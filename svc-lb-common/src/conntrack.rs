@@ -148,6 +148,34 @@ impl<A: Address> FlowKey<A> {
 }
 
 impl<A: Address> Flow<A> {
+    /// The key of the pair's other entry.
+    #[must_use]
+    #[inline(always)]
+    pub fn peer_key(&self, protocol: u8) -> FlowKey<A> {
+        let direction = match self.traits & (flow::REVERSE | flow::HAIRPIN | flow::SNAT) {
+            0 => OUTBOUND,
+            _ => INBOUND,
+        };
+        FlowKey::new(
+            self.destination,
+            self.source,
+            self.destination_port,
+            self.source_port,
+            protocol,
+            direction,
+        )
+    }
+
+    /// Whether this is the other entry of `key`'s flow, and not another flow's that has its place.
+    #[must_use]
+    #[inline(always)]
+    pub fn answers(&self, key: &FlowKey<A>) -> bool {
+        self.source == key.destination
+            && self.destination == key.source
+            && self.source_port == key.destination_port
+            && self.destination_port == key.source_port
+    }
+
     /// The check word that belongs to `key` and to this value's unchanging fields.
     ///
     /// The kernel reuses freed map elements at once, so a value pointer may show somebody

@@ -10,9 +10,7 @@ use aya_ebpf::maps::LruHashMap;
 use network_types::sctp::SctpHdr;
 use network_types::tcp::TcpHdr;
 use svc_lb_common::affinity::{Affinity, AffinityKey};
-use svc_lb_common::conntrack::{
-    Flow, FlowKey, INBOUND, OUTBOUND, PROOF_SECONDS, PROOF_WINDOW, flow, state,
-};
+use svc_lb_common::conntrack::{Flow, FlowKey, PROOF_SECONDS, PROOF_WINDOW, flow, state};
 use svc_lb_common::outcome::{Event, Lru, Tally};
 use svc_lb_common::{Address, Protocol};
 
@@ -82,23 +80,6 @@ fn is_udp<A: Address>(key: &FlowKey<A>) -> bool {
     key.protocol == Protocol::Udp as u8
 }
 
-/// The key of the other entry of the pair.
-#[inline(always)]
-fn peer_key<A: Address>(protocol: u8, flow: &Flow<A>) -> FlowKey<A> {
-    let direction = match flow.traits & (flow::REVERSE | flow::HAIRPIN | flow::SNAT) {
-        0 => OUTBOUND,
-        _ => INBOUND,
-    };
-    FlowKey::new(
-        flow.destination,
-        flow.source,
-        flow.destination_port,
-        flow.source_port,
-        protocol,
-        direction,
-    )
-}
-
 /// Sets the other entry of the pair: the reverse one of a forward flow, and the other way round.
 #[inline(always)]
 pub(crate) fn set_peer<A: Address>(met: &mut Met<A>) {
@@ -109,7 +90,7 @@ pub(crate) fn set_peer<A: Address>(met: &mut Met<A>) {
         peer,
         ..
     } = met;
-    *to = peer_key(key.protocol, flow);
+    *to = flow.peer_key(key.protocol);
     *peer = *flow;
     peer.source = key.destination;
     peer.destination = key.source;
@@ -341,7 +322,7 @@ pub(crate) fn forget<F: Family>(
     flow: &Flow<F::Addr>,
     peer: &mut FlowKey<F::Addr>,
 ) {
-    *peer = peer_key(key.protocol, flow);
+    *peer = flow.peer_key(key.protocol);
     let (map, lru) = confirmed::<F>(key);
     // Any of them may be missing.
     remove(map, lru, key);
@@ -358,12 +339,7 @@ fn remove_peer<A: Address>(map: &Flows<A>, lru: Lru, key: &FlowKey<A>, peer: &Fl
     };
     // SAFETY: the element stays mapped while the program runs. Should it be given to another key
     // meanwhile, what is removed is not ours, and is made again by its flow's next packet.
-    let found = unsafe { &*found };
-    if found.source == key.destination
-        && found.destination == key.source
-        && found.source_port == key.destination_port
-        && found.destination_port == key.source_port
-    {
+    if unsafe { &*found }.answers(key) {
         remove(map, lru, peer);
     }
 }

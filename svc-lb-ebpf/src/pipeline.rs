@@ -293,9 +293,14 @@ fn direct<F: Stack>(met: &mut Met<F::Addr>, edge: u32, hook: Hook, ended: bool) 
     met.flow.traits = flow::DIRECT | flow::SYN;
     met.translate_port = 1;
     conntrack::set_peer(met);
-    match conntrack::find::<F>(&met.peer_key, &mut met.other) {
-        Some(_) if !state::closed(met.other.state) => {}
-        Some(_) | None => return Err(Outcome::NotOurs),
+    if conntrack::find::<F>(&met.peer_key, &mut met.other).is_none() {
+        return Err(Outcome::NotOurs);
+    }
+    if state::closed(met.other.state) {
+        // What is left of it would translate the newcomer's answers.
+        let mut forward = met.peer_key;
+        conntrack::forget::<F>(&met.peer_key, &met.other, &mut forward);
+        return Err(Outcome::NotOurs);
     }
     met.hash = select::hash(&met.key);
     Ok(Decision::Open)

@@ -14,6 +14,8 @@ mod admission;
 mod bench;
 #[path = "prog/clashes.rs"]
 mod clashes;
+#[path = "prog/collect.rs"]
+mod collect;
 #[path = "prog/endings.rs"]
 mod endings;
 #[path = "prog/eviction.rs"]

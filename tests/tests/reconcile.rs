@@ -21,7 +21,7 @@ use svc_lb::dataplane::memory::Memory;
 use svc_lb::dataplane::sys::map::{MapInfo, TypedMap, map_create};
 use svc_lb::dataplane::{
     BackendRecord, Dataplane, FlowClock, FlowEntry, FrontendAt, FrontendValue, GuardBit, PerFamily,
-    ServiceWord, Sizes, Snapshot,
+    ServiceWord, Sizes, Snapshot, Timeouts,
 };
 use svc_lb::model::ObjectName;
 use svc_lb::plan::{Planner, apply, reclaim, sweep};
@@ -297,7 +297,12 @@ impl<D: Dataplane> World<D> {
             }
             Action::Apply => drop(apply(&mut self.planner, &mut self.dataplane)),
             Action::Reclaim => drop(reclaim(&mut self.planner, &self.dataplane)),
-            Action::Sweep => drop(sweep(&mut self.planner, &mut self.dataplane, CLOCK)),
+            Action::Sweep => drop(sweep(
+                &mut self.planner,
+                &mut self.dataplane,
+                CLOCK,
+                &Timeouts::default(),
+            )),
             Action::Restart => {
                 self.planner = Planner::restore(&self.snapshot());
                 for (service, ports) in &self.services {
@@ -315,7 +320,13 @@ impl<D: Dataplane> World<D> {
             apply(&mut self.planner, &mut self.dataplane).unwrap();
             reclaim(&mut self.planner, &self.dataplane).unwrap();
         }
-        sweep(&mut self.planner, &mut self.dataplane, CLOCK).unwrap();
+        sweep(
+            &mut self.planner,
+            &mut self.dataplane,
+            CLOCK,
+            &Timeouts::default(),
+        )
+        .unwrap();
         assert!(!self.planner.is_pending());
     }
 
@@ -578,7 +589,8 @@ fn all_flows_are_seen_once_in_batches() -> Result<()> {
     let words = kernel.sizes().guard_words;
     let used = GuardBit::address(frontend.into(), FRONTEND, words);
     let unused = GuardBit::address(Ipv4Addr::new(10, 96, 0, 2).into(), FRONTEND, words);
-    let found = kernel.flows_in_use(&BTreeSet::from([used, unused]), CLOCK)?;
+    let found =
+        kernel.flows_in_use(&BTreeSet::from([used, unused]), CLOCK, &Timeouts::default())?;
     ensure!(found == BTreeSet::from([used]));
     Ok(())
 }

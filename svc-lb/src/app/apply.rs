@@ -16,7 +16,7 @@ use crate::compile::desired::PortKey;
 use crate::dataplane::clock::Clock;
 use crate::dataplane::kernel::{Flows, Kernel};
 use crate::dataplane::pins::Pins;
-use crate::dataplane::{GuardBit, bits_in_use, loader, sys};
+use crate::dataplane::{GuardBit, Timeouts, bits_in_use, loader, sys};
 use crate::health::proxy::{Moment, ProxyHealth};
 use crate::health::services::Edit;
 use crate::model::{Batch, SourceId};
@@ -51,6 +51,8 @@ pub(super) struct Summary {
 /// What the task listens to.
 #[derive(Debug)]
 pub(super) struct Inputs {
+    /// When flows are over, and no longer need their guard bits.
+    pub(super) timeouts: Timeouts,
     pub(super) batches: mpsc::Receiver<Batch>,
     pub(super) node: watch::Receiver<Arc<Node>>,
     pub(super) questions: mpsc::Receiver<Question>,
@@ -66,6 +68,7 @@ pub(super) struct Inputs {
 /// Runs until it is cancelled.
 pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins: Pins) {
     let Inputs {
+        timeouts,
         mut batches,
         mut node,
         mut questions,
@@ -137,7 +140,7 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
                     sweep_is_stale = false;
                     let words = reconciler.sizes().guard_words;
                     let bits = reconciler.pending_clears().clone();
-                    sweep = Some(start_sweep(&pins, words, bits));
+                    sweep = Some(start_sweep(&pins, words, bits, timeouts));
                 }
             }
             () = sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
@@ -183,11 +186,12 @@ fn start_sweep(
     pins: &Pins,
     words: u32,
     bits: BTreeSet<GuardBit>,
+    timeouts: Timeouts,
 ) -> JoinHandle<BTreeSet<GuardBit>> {
     let pins = pins.clone();
     tokio::task::spawn_blocking(move || {
         let started = Instant::now();
-        match unused(&pins, words, &bits) {
+        match unused(&pins, words, &bits, &timeouts) {
             Ok(unused) => {
                 debug!(bits = bits.len(), unused = unused.len(), elapsed = ?started.elapsed(), "swept");
                 unused
@@ -207,9 +211,10 @@ fn unused(
     pins: &Pins,
     words: u32,
     bits: &BTreeSet<GuardBit>,
+    timeouts: &Timeouts,
 ) -> Result<BTreeSet<GuardBit>, Box<dyn std::error::Error + Send + Sync>> {
     let clock = Clock::new()?.now()?;
     let flows = Flows::new(&mut loader::open_maps(pins)?)?;
-    let used = bits_in_use(words, bits, clock, |visit| flows.visit(visit))?;
+    let used = bits_in_use(words, bits, clock, timeouts, |visit| flows.visit(visit))?;
     Ok(bits.difference(&used).copied().collect())
 }

@@ -11,6 +11,7 @@
 pub mod admin;
 mod apply;
 mod edges;
+mod flows;
 pub mod reconcile;
 mod status;
 
@@ -40,13 +41,14 @@ use self::reconcile::Reconciler;
 use self::status::{Gatherer, HealthReport};
 use crate::compile::CompileOptions;
 use crate::dataplane::attach::{AttachError, Attacher, TcHook};
+use crate::dataplane::collect::{Collector, PassReport};
 use crate::dataplane::edges::EdgeSettings;
 use crate::dataplane::kernel::Kernel;
 use crate::dataplane::links::{Links, LinksError};
 use crate::dataplane::loader::{self, LoadError, Programs};
 use crate::dataplane::pins::{PinError, PinLock, Pins};
 use crate::dataplane::sizes::{MapSizes, SizeOverride};
-use crate::dataplane::{DataplaneError, probe};
+use crate::dataplane::{DataplaneError, Timeouts, probe};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
 use crate::health::{proxy, services};
 use crate::model::{Batch, SourceId};
@@ -86,6 +88,8 @@ pub struct Settings {
     pub edges: EdgeSettings,
     /// How tc programs are attached; by what the kernel has, if not said.
     pub tc: Option<TcHook>,
+    /// When flows without packets are over.
+    pub timeouts: Timeouts,
     /// Where to answer `/healthz` and `/livez`.
     pub healthz: Bind,
     /// How long a change may take to be programmed; twice that is unhealthy.
@@ -333,6 +337,8 @@ async fn start(
         questions,
         edges: edge_status,
         health: health_report,
+        timeouts: settings.timeouts,
+        flows: start_flows(settings, tasks)?,
     };
     tasks.spawn(
         "admin socket",
@@ -340,6 +346,7 @@ async fn start(
     );
     diagnostics(ebpf, &config, tasks)?;
     let inputs = apply::Inputs {
+        timeouts: settings.timeouts,
         batches,
         node,
         questions: question_receiver,
@@ -419,18 +426,40 @@ fn start_apply(
     pins: Pins,
     tasks: &Tasks,
 ) -> Result<(), AppError> {
+    start_thread("apply", apply::run(reconciler, inputs, pins), tasks)
+}
+
+/// Starts the thread that collects flows; returns what it reports.
+fn start_flows(
+    settings: &Settings,
+    tasks: &Tasks,
+) -> Result<watch::Receiver<PassReport>, AppError> {
+    let mut maps = loader::open_maps(&settings.pins)?;
+    let collector = Collector::new(&mut maps, settings.timeouts).map_err(AppError::Maps)?;
+    let (report, reports) = watch::channel(PassReport::default());
+    let run = flows::run(collector, report, tasks.cancel.clone());
+    start_thread("flows", run, tasks)?;
+    Ok(reports)
+}
+
+/// Runs a task that makes long system calls on a thread of its own.
+fn start_thread(
+    name: &'static str,
+    task: impl Future<Output = ()> + Send + 'static,
+    tasks: &Tasks,
+) -> Result<(), AppError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
-        .map_err(system("start the apply runtime"))?;
-    let end = tasks.end_of("apply");
+        .map_err(system("start a thread's runtime"))?;
+    let end = tasks.end_of(name);
     thread::Builder::new()
-        .name("apply".to_owned())
+        .name(name.to_owned())
         .spawn(move || {
             let _end = end;
-            runtime.block_on(apply::run(reconciler, inputs, pins));
+            runtime.block_on(task);
         })
-        .map_err(system("start the apply thread"))?;
+        .map_err(system("start a thread"))?;
     Ok(())
 }
 

@@ -1,28 +1,27 @@
 //! Gathers the status from those who know.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::edge::Edge;
 use svc_lb_common::limits::{LAYOUT_VERSION, name};
-use svc_lb_common::{Addr4, Addr6, Family, HostAddress};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::warn;
 
 use super::admin::{Answer, Request};
 use super::apply::{Question, Summary};
 use super::edges;
-use crate::dataplane::kernel::{Flows, MapSet};
+use crate::dataplane::collect::PassReport;
 use crate::dataplane::pins::Pins;
-use crate::dataplane::sys::map::{TypedMap, map_info};
-use crate::dataplane::{FAMILIES, FlowTable, loader, map_name};
+use crate::dataplane::sys::map::map_info;
+use crate::dataplane::{Timeouts, loader};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
 use crate::health::services::Report;
-use crate::observe::status::{HealthStatus, MapStatus, ProgramStatus, SourceStatus, Status};
+use crate::observe::status::{
+    FlowsStatus, HealthStatus, LruStatus, MapStatus, ProgramStatus, SourceStatus, Status,
+};
 use crate::source;
 
 /// What a version before step 3 cannot do.
@@ -39,6 +38,8 @@ pub(super) struct Gatherer {
     pub(super) programs: Vec<ProgramStatus>,
     pub(super) sources: Vec<source::Running>,
     pub(super) questions: mpsc::Sender<Question>,
+    pub(super) timeouts: Timeouts,
+    pub(super) flows: watch::Receiver<PassReport>,
     pub(super) edges: watch::Receiver<edges::Report>,
     pub(super) health: HealthReport,
 }
@@ -119,10 +120,13 @@ impl Gatherer {
             waiting_for.push("the interfaces to be attached".to_owned());
         }
         let pins = self.pins.clone();
-        let used = tables
+        let mut used: Vec<_> = tables
             .iter()
             .map(|table| (table.table, u64::from(table.used)))
             .collect();
+        let passed = self.flows.borrow().clone();
+        let met = passed.maps.iter();
+        used.extend(met.map(|map| (map.lru.name(map.family), map.entries)));
         let maps = tokio::task::spawn_blocking(move || maps(&pins, used))
             .await
             .ok()?;
@@ -145,6 +149,7 @@ impl Gatherer {
             edges,
             refused,
             programs: self.programs.clone(),
+            flows: flow_status(&self.timeouts, passed),
             maps,
         })
     }
@@ -161,9 +166,29 @@ fn describe(source: &source::Running) -> SourceStatus {
     }
 }
 
+/// What the latest pass over the flows found.
+fn flow_status(timeouts: &Timeouts, passed: PassReport) -> FlowsStatus {
+    let maps = passed.maps.into_iter().map(|map| LruStatus {
+        name: map.lru.name(map.family).to_owned(),
+        entries: map.entries,
+        limit: map.limit,
+        evicted: map.evicted,
+        collected: map
+            .collected
+            .into_iter()
+            .map(|(reason, count)| (reason.name().to_owned(), count))
+            .collect(),
+    });
+    FlowsStatus {
+        timeouts: timeouts.iter().collect(),
+        passes: passed.passes,
+        maps: maps.collect(),
+    }
+}
+
 /// Entries, limits and memory of every map.
 fn maps(pins: &Pins, mut used: Vec<(&'static str, u64)>) -> Vec<MapStatus> {
-    let mut set = match loader::open_maps(pins) {
+    let set = match loader::open_maps(pins) {
         Ok(set) => set,
         Err(error) => {
             warn!(%error, "maps not read for status");
@@ -186,12 +211,6 @@ fn maps(pins: &Pins, mut used: Vec<(&'static str, u64)>) -> Vec<MapStatus> {
         });
     }
     used.extend(edge_count(pins));
-    used.extend(affinity_count::<Addr4>(&mut set, Family::V4));
-    used.extend(affinity_count::<Addr6>(&mut set, Family::V6));
-    match Flows::new(&mut set) {
-        Ok(flows) => used.extend(flow_counts(&flows)),
-        Err(error) => warn!(%error, "flows not counted for status"),
-    }
     for map in &mut maps {
         map.entries = used
             .iter()
@@ -205,34 +224,6 @@ fn edge_count(pins: &Pins) -> Option<(&'static str, u64)> {
     let map = aya::maps::MapData::from_pin(pins.map(name::EDGES)).ok()?;
     let edges: aya::maps::HashMap<_, u32, Edge> = aya::maps::Map::HashMap(map).try_into().ok()?;
     Some((name::EDGES, edges.keys().count() as u64))
-}
-
-fn affinity_count<A: HostAddress>(maps: &mut MapSet, family: Family) -> Option<(&'static str, u64)>
-where
-    AffinityKey<A>: aya::Pod,
-{
-    let name = map_name(name::AFFINITY, family);
-    let map = TypedMap::<AffinityKey<A>, Affinity>::new(maps.fds.remove(name)?).ok()?;
-    let mut count = 0;
-    map.visit(&mut |_, _| count += 1).ok()?;
-    Some((name, count))
-}
-
-fn flow_counts(flows: &Flows) -> Vec<(&'static str, u64)> {
-    let mut counts = BTreeMap::new();
-    let counted = flows.visit(&mut |flow| {
-        let map = flow.table.lru().name(Family::of(flow.source.ip()));
-        *counts.entry(map).or_insert(0) += 1;
-    });
-    if let Err(error) = counted {
-        warn!(%error, "flows not counted for status");
-        return Vec::new();
-    }
-    let maps = FlowTable::ALL
-        .into_iter()
-        .flat_map(|table| FAMILIES.map(|family| table.lru().name(family)));
-    maps.map(|name| (name, counts.get(name).copied().unwrap_or(0)))
-        .collect()
 }
 
 /// The kernel memory of a map, as its descriptor's information says.

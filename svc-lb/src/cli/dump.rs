@@ -16,7 +16,7 @@ use crate::app::admin::{Answer, Request};
 use crate::compile::desired::PortKey;
 use crate::dataplane::clock::Clock;
 use crate::dataplane::kernel::Kernel;
-use crate::dataplane::{Dataplane as _, FlowClock, FlowEntry, FlowTable, loader};
+use crate::dataplane::{Dataplane as _, FlowClock, FlowEntry, FlowState, FlowTable, loader};
 use crate::plan::view::{FrontendView, Member, ServiceView, Tables};
 
 /// Print what the maps hold. Works without a running agent; names of Services come from one.
@@ -337,7 +337,8 @@ struct FlowRow {
     traits: Vec<&'static str>,
     state: Vec<&'static str>,
     idle_seconds: u32,
-    live: bool,
+    /// Which timeout counts.
+    timeout: FlowState,
 }
 
 impl FlowRow {
@@ -384,7 +385,7 @@ impl FlowRow {
                 (entry.state & state::RESET != 0, "reset"),
             ]),
             idle_seconds: entry.idle_seconds(clock),
-            live: entry.is_live(clock),
+            timeout: entry.flow_state(),
         }
     }
 }
@@ -414,11 +415,9 @@ fn flows(kernel: &Kernel, names: &BTreeMap<u32, PortKey>, format: Format) -> Res
         "IDLE",
     ]);
     for row in rows {
-        let mut states = row.state;
+        let mut states = vec![row.timeout.name()];
+        states.extend(row.state);
         states.extend(row.traits);
-        if !row.live {
-            states.push("over");
-        }
         table.add_row([
             row.table.to_owned(),
             row.protocol,

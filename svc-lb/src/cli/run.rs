@@ -15,8 +15,10 @@ use super::Global;
 use super::args::EdgeArgs;
 use crate::app::{self, Settings};
 use crate::compile::{CompileOptions, MaglevOptions};
+use crate::dataplane::Timeouts;
 use crate::dataplane::attach::TcHook;
 use crate::dataplane::sizes::SizeOverride;
+use crate::dataplane::timeouts::{self, StateTimeout};
 use crate::health::proxy::Bind;
 use crate::model::Algorithm;
 use crate::node::ports::NodePorts;
@@ -320,6 +322,15 @@ struct DataplaneArgs {
         action = ArgAction::Append
     )]
     map_size: Vec<SizeOverride>,
+    #[arg(
+        long,
+        value_name = "STATE=DURATION",
+        env = "SVC_LB_TIMEOUT",
+        value_delimiter = ',',
+        action = ArgAction::Append,
+        help = timeouts::help(),
+    )]
+    timeout: Vec<StateTimeout>,
     /// Log what the programs have to say: rare events, sampled
     #[arg(long, env = "SVC_LB_DATAPATH_LOG")]
     datapath_log: bool,
@@ -406,6 +417,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
             DataplaneArgs {
                 tc_hook,
                 map_size,
+                timeout,
                 datapath_log,
             },
     } = args;
@@ -463,6 +475,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         config,
         edges: edges.settings(),
         tc: tc_hook,
+        timeouts: Timeouts::with(&timeout),
         healthz: healthz_bind_address,
         sync_period,
         admin_socket: global.admin_socket.clone(),
@@ -496,6 +509,7 @@ mod tests {
 
     use super::super::{Cli, Command};
     use super::*;
+    use crate::dataplane::FlowState;
 
     fn parse(line: &str) -> Result<Settings> {
         let cli = Cli::try_parse_from(line.split_whitespace())?;
@@ -509,7 +523,7 @@ mod tests {
     fn settings_follow_the_command_line() {
         let settings = parse(
             "svc-lb run --manifests a --manifests b --stream - --node-name n --service-cidr 10.96.0.0/16 \
-             --service-cidr fd00:96::/112 --no-local-endpoint reject --map-size services=4096",
+             --service-cidr fd00:96::/112 --no-local-endpoint reject --map-size services=4096 --timeout tcp-established=2h,udp-opening=90s",
         )
         .unwrap();
         assert_eq!(settings.sources.len(), 3);
@@ -527,6 +541,8 @@ mod tests {
             .unwrap()
             .into();
         assert_eq!(config.service_mask6, mask6);
+        assert_eq!(settings.timeouts.of(FlowState::TcpEstablished), 7_200);
+        assert_eq!(settings.timeouts.of(FlowState::UdpOpening), 90);
         assert_ne!(config.bits & config::REJECT_NO_LOCAL, 0);
         assert_eq!(config.bits & config::DIAGNOSTICS, 0);
         assert_eq!(settings.healthz, "0.0.0.0:10256".parse().unwrap());
@@ -588,6 +604,8 @@ mod tests {
         assert!(error(table).contains("1021, 4093, 16381, 65521"));
         let period = "svc-lb run --manifests a --sync-period 0s";
         assert!(error(period).contains("more than nothing"));
+        let timeout = "svc-lb run --manifests a --timeout tcp=1h";
+        assert!(error(timeout).contains("tcp-established"));
         let size = "svc-lb run --manifests a --map-size flows=1";
         assert!(error(size).contains("established4"));
         let addresses = "svc-lb run --manifests a --nodeport-addresses eth0";

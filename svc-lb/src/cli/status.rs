@@ -12,7 +12,7 @@ use crate::dataplane::attach::EdgeStatus;
 use crate::health::proxy::ProxyStatus;
 use crate::health::services::ServiceHealthStatus;
 use crate::observe::status::{
-    HealthStatus, MapStatus, ServiceNotes, ServicesStatus, SourceStatus, Status,
+    FlowsStatus, HealthStatus, MapStatus, ServiceNotes, ServicesStatus, SourceStatus, Status,
 };
 
 /// Show how the running agent is: sources, services and why some are not programmed, interfaces,
@@ -78,6 +78,7 @@ fn text(status: &Status, all: bool) -> Result<String> {
         edges,
         refused,
         programs,
+        flows,
         maps,
     } = status;
     let mut out = String::new();
@@ -134,6 +135,7 @@ fn text(status: &Status, all: bool) -> Result<String> {
         table.add_row([program.name.clone(), program.id.to_string(), instructions]);
     }
     section(&mut out, "Programs", &output::text(&table))?;
+    section(&mut out, "Flows and affinity", &flow_table(flows))?;
     section(&mut out, "Maps", &map_table(maps))?;
     Ok(out.trim_end().to_owned())
 }
@@ -315,18 +317,43 @@ fn edge_table(edges: &[EdgeStatus]) -> String {
     output::text(&table)
 }
 
+fn flow_table(flows: &FlowsStatus) -> String {
+    if flows.passes == 0 {
+        return "not looked through yet".to_owned();
+    }
+    let mut table = output::table(&["MAP", "ENTRIES", "USED", "EVICTED", "COLLECTED"]);
+    for map in &flows.maps {
+        let collected: Vec<String> = map
+            .collected
+            .iter()
+            .map(|(reason, count)| format!("{reason} {count}"))
+            .collect();
+        table.add_row([
+            map.name.clone(),
+            map.entries.to_string(),
+            percent(map.entries, map.limit),
+            map.evicted.to_string(),
+            collected.join(", "),
+        ]);
+    }
+    output::text(&table)
+}
+
+/// How full a map is.
+fn percent(entries: u64, limit: u32) -> String {
+    format!("{} %", entries * 100 / u64::from(limit.max(1)))
+}
+
 fn map_table(maps: &[MapStatus]) -> String {
     let mut table = output::table(&["MAP", "ENTRIES", "LIMIT", "USED", "KERNEL MEMORY"]);
     for map in maps {
-        let used = map
-            .entries
-            .map(|entries| entries * 100 / u64::from(map.limit.max(1)));
+        let used = map.entries.map(|entries| percent(entries, map.limit));
         table.add_row([
             map.name.clone(),
             map.entries
                 .map_or("-".to_owned(), |entries| entries.to_string()),
             map.limit.to_string(),
-            used.map_or("-".to_owned(), |used| format!("{used} %")),
+            used.unwrap_or("-".to_owned()),
             map.bytes.map_or("-".to_owned(), bytes),
         ]);
     }

@@ -35,7 +35,7 @@ pub struct MapSet {
 }
 
 /// How a map must look.
-struct Shape {
+pub(super) struct Shape {
     kind: bpf_map_type,
     key: usize,
     value: usize,
@@ -52,7 +52,7 @@ impl Shape {
         }
     }
 
-    const fn of<K, V>(kind: bpf_map_type) -> Self {
+    pub(super) const fn of<K, V>(kind: bpf_map_type) -> Self {
         Self {
             kind,
             key: size_of::<K>(),
@@ -103,13 +103,13 @@ impl MapSet {
         Ok((fd, info.max_entries))
     }
 
-    fn take_array<V>(&mut self, map: &'static str) -> Result<(MappedArray, u32)> {
+    pub(super) fn take_array<V>(&mut self, map: &'static str) -> Result<(MappedArray, u32)> {
         let (fd, entries) = self.take(map, &Shape::array::<V>())?;
         let array = MappedArray::new(fd.as_fd()).map_err(|source| failed("mmap", map, source))?;
         Ok((array, entries))
     }
 
-    fn take_typed<K: aya::Pod, V: aya::Pod>(
+    pub(super) fn take_typed<K: aya::Pod, V: aya::Pod>(
         &mut self,
         map: &'static str,
         shape: &Shape,
@@ -120,7 +120,26 @@ impl MapSet {
     }
 }
 
-fn failed(operation: &'static str, object: impl Into<String>, source: io::Error) -> DataplaneError {
+/// Takes the counters.
+pub(super) fn take_counters(maps: &mut MapSet) -> Result<OwnedFd> {
+    let shape = Shape::of::<u32, u64>(bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY);
+    let (counters, rows) = maps.take(name::COUNTERS, &shape)?;
+    if rows != COUNTERS {
+        return Err(DataplaneError::WrongMap {
+            map: name::COUNTERS,
+            property: "entries",
+            found: rows,
+            expected: COUNTERS,
+        });
+    }
+    Ok(counters)
+}
+
+pub(super) fn failed(
+    operation: &'static str,
+    object: impl Into<String>,
+    source: io::Error,
+) -> DataplaneError {
     DataplaneError::Kernel {
         operation,
         object: object.into(),
@@ -271,16 +290,7 @@ impl Kernel {
         let flows = Flows::new(&mut maps)?;
         let hash = Shape::of::<u32, Edge>(bpf_map_type::BPF_MAP_TYPE_HASH);
         let (edges, _) = maps.take_typed(name::EDGES, &hash)?;
-        let counters = Shape::of::<u32, u64>(bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY);
-        let (counters, rows) = maps.take(name::COUNTERS, &counters)?;
-        if rows != COUNTERS {
-            return Err(DataplaneError::WrongMap {
-                map: name::COUNTERS,
-                property: "entries",
-                found: rows,
-                expected: COUNTERS,
-            });
-        }
+        let counters = take_counters(&mut maps)?;
         let sizes = Sizes {
             guard_words,
             frontends: PerFamily {

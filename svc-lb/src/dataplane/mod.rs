@@ -20,6 +20,7 @@ use svc_lb_common::{Addr4, Addr6, Be16, Family, HostAddress, Protocol};
 pub mod attach;
 pub mod clock;
 pub mod clsact;
+pub mod collect;
 pub mod edges;
 pub mod faulty;
 pub mod kernel;
@@ -30,6 +31,9 @@ pub mod pins;
 pub mod probe;
 pub mod sizes;
 pub mod sys;
+pub mod timeouts;
+
+pub use self::timeouts::{FlowState, Timeouts};
 
 /// What can go wrong with a map, by operation and object.
 #[derive(Debug, thiserror::Error)]
@@ -519,17 +523,18 @@ pub struct FlowClock {
     pub hz: u32,
 }
 
-/// Seconds after which a flow that no packet matched is taken for over. An entry stays in its map
-/// until it is evicted, so age has to decide.
-mod idle {
-    /// A connection whose end was seen; the last packets may be sent again.
-    pub(super) const CLOSED: u32 = 120;
-    /// A flow that never went both ways.
-    pub(super) const OPENING: u32 = 300;
-    /// UDP, as long as the kernel's own conntrack keeps a stream.
-    pub(super) const UDP: u32 = 180;
-    /// An open TCP connection, as long as the kernel's own conntrack keeps it.
-    pub(super) const TCP: u32 = 432_000;
+impl FlowClock {
+    /// Seconds since `seen`, low 32 bits of jiffies.
+    #[must_use]
+    pub const fn seconds_since(self, seen: u32) -> u32 {
+        let age = self.jiffies.wrapping_sub(seen);
+        // A packet may match after the clock was read: then the difference is negative.
+        if age.cast_signed() < 0 {
+            return 0;
+        }
+        // At least 24 jiffies make a second.
+        age / if self.hz == 0 { 1 } else { self.hz }
+    }
 }
 
 impl FlowEntry {
@@ -556,30 +561,20 @@ impl FlowEntry {
 
     /// Seconds since a packet last matched.
     #[must_use]
-    pub fn idle_seconds(&self, clock: FlowClock) -> u32 {
-        let age = clock.jiffies.wrapping_sub(self.seen);
-        // A packet may match after the clock was read: then the difference is negative.
-        let age = if age > i32::MAX.cast_unsigned() {
-            0
-        } else {
-            age
-        };
-        age / clock.hz.max(1)
+    pub const fn idle_seconds(&self, clock: FlowClock) -> u32 {
+        clock.seconds_since(self.seen)
+    }
+
+    /// What is known of its flow's life.
+    #[must_use]
+    pub const fn flow_state(&self) -> FlowState {
+        FlowState::of(self.table, self.protocol, self.state)
     }
 
     /// Whether packets of this flow may still come.
     #[must_use]
-    pub fn is_live(&self, clock: FlowClock) -> bool {
-        let limit = if conntrack::state::closed(self.state) {
-            idle::CLOSED
-        } else if self.table == FlowTable::Opening {
-            idle::OPENING
-        } else if self.protocol == Protocol::Tcp as u8 {
-            idle::TCP
-        } else {
-            idle::UDP
-        };
-        self.idle_seconds(clock) < limit
+    pub fn is_live(&self, clock: FlowClock, timeouts: &Timeouts) -> bool {
+        self.idle_seconds(clock) < timeouts.of(self.flow_state())
     }
 
     /// The guard bits that let this entry's packets reach it, in a table of `words` words: those
@@ -670,9 +665,12 @@ pub trait Dataplane {
         &self,
         bits: &BTreeSet<GuardBit>,
         clock: FlowClock,
+        timeouts: &Timeouts,
     ) -> Result<BTreeSet<GuardBit>> {
         let words = self.sizes().guard_words;
-        bits_in_use(words, bits, clock, |visit| self.visit_flows(visit))
+        bits_in_use(words, bits, clock, timeouts, |visit| {
+            self.visit_flows(visit)
+        })
     }
 }
 
@@ -682,11 +680,12 @@ pub fn bits_in_use(
     words: u32,
     bits: &BTreeSet<GuardBit>,
     clock: FlowClock,
+    timeouts: &Timeouts,
     visit_all: impl FnOnce(&mut dyn FnMut(&FlowEntry)) -> Result<()>,
 ) -> Result<BTreeSet<GuardBit>> {
     let mut used = BTreeSet::new();
     visit_all(&mut |entry| {
-        if entry.is_live(clock) {
+        if entry.is_live(clock, timeouts) {
             let needs = entry.guard_bits(words).into_iter().flatten();
             used.extend(needs.filter(|bit| bits.contains(bit)));
         }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::dataplane::FlowState;
 use crate::dataplane::attach::EdgeStatus;
 use crate::dataplane::edges::Refused;
 use crate::health::proxy::ProxyStatus;
@@ -43,6 +44,8 @@ pub struct Status {
     pub refused: Vec<Refused>,
     /// Programs as they were loaded.
     pub programs: Vec<ProgramStatus>,
+    /// Flows, and the maps that evict.
+    pub flows: FlowsStatus,
     /// Maps.
     pub maps: Vec<MapStatus>,
 }
@@ -114,6 +117,35 @@ pub struct HealthStatus {
     pub healthz_failures: Vec<String>,
     /// Services with a healthCheckNodePort, by namespace/name.
     pub services: BTreeMap<String, ServiceHealthStatus>,
+}
+
+/// Flows and pins: as of the latest pass over them, which begins every ten seconds and, in full
+/// maps, takes half a minute.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct FlowsStatus {
+    /// Seconds without a packet after which a flow is over, by its state.
+    pub timeouts: BTreeMap<FlowState, u32>,
+    /// Complete passes since the start.
+    pub passes: u64,
+    /// The maps that evict when they are full.
+    pub maps: Vec<LruStatus>,
+}
+
+/// One map that evicts when it is full.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LruStatus {
+    /// Its name.
+    pub name: String,
+    /// Entries in it; a flow has two.
+    pub entries: u64,
+    /// Entries it has room for.
+    pub limit: u32,
+    /// Entries that the kernel evicted since the first pass: an estimate, for the kernel tells nobody.
+    /// It is what the programs inserted less what they removed, what was collected and what is still
+    /// there, so it is off by what came and went while the pass walked. It never goes down.
+    pub evicted: u64,
+    /// Flows or pins collected since the start, by the state in which they timed out.
+    pub collected: BTreeMap<String, u64>,
 }
 
 /// What there is to say about one Service.

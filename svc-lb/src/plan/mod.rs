@@ -48,7 +48,7 @@ use self::slots::{Member, slots_of};
 use self::source_ranges::SourceRanges;
 use crate::compile::desired::{DesiredPort, Frontend, FrontendAddress, FrontendKind, PortKey};
 use crate::dataplane::{
-    Dataplane, FAMILIES, FlowClock, FrontendAt, GuardBit, PerFamily, Result, Sizes,
+    Dataplane, FAMILIES, FlowClock, FrontendAt, GuardBit, PerFamily, Result, Sizes, Timeouts,
 };
 use crate::model::ObjectName;
 
@@ -1082,11 +1082,12 @@ pub fn sweep(
     planner: &mut Planner,
     dataplane: &mut impl Dataplane,
     clock: FlowClock,
+    timeouts: &Timeouts,
 ) -> Result<usize> {
     if planner.pending_clears().is_empty() {
         return Ok(0);
     }
-    let used = dataplane.flows_in_use(planner.pending_clears(), clock)?;
+    let used = dataplane.flows_in_use(planner.pending_clears(), clock, timeouts)?;
     let unused: Vec<_> = planner
         .pending_clears()
         .difference(&used)

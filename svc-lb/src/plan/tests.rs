@@ -543,7 +543,7 @@ fn settle(
     assert!(!planner.is_pending());
     assert_eq!(planner.plan(), Plan::default());
     planner.finish();
-    sweep(planner, dataplane, CLOCK).unwrap();
+    sweep(planner, dataplane, CLOCK, &Timeouts::default()).unwrap();
     check_tables(wanted, nodes, planner, dataplane);
     check_guard(wanted, nodes, dataplane);
     let snapshot = dataplane.snapshot().unwrap();
@@ -765,7 +765,12 @@ impl World {
                 }
             }
             Action::Sweep => {
-                let _ignored = sweep(&mut self.planner, &mut self.dataplane, CLOCK);
+                let _ignored = sweep(
+                    &mut self.planner,
+                    &mut self.dataplane,
+                    CLOCK,
+                    &Timeouts::default(),
+                );
                 read(self.dataplane.inner());
             }
             Action::Crash(writes) => {

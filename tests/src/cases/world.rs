@@ -10,7 +10,7 @@ use serde_json::Value;
 use svc_lb::app::reconcile::{Reconciler, Settings};
 use svc_lb::compile::HealthCheck;
 use svc_lb::dataplane::faulty::Faulty;
-use svc_lb::dataplane::{Dataplane, FlowClock, Snapshot};
+use svc_lb::dataplane::{Dataplane, FlowClock, Snapshot, Timeouts};
 use svc_lb::model::{Batch, Change, Kind, Object, ObjectKey, ObjectName, SourceId};
 use svc_lb::plan::view::Tables;
 use svc_lb::source::manifests;
@@ -237,7 +237,10 @@ fn round<D: Dataplane>(reconciler: &mut Reconciler<Faulty<D>>, now: Instant) {
         reconciler.reclaim(epoch);
     }
     let bits = reconciler.pending_clears().clone();
-    if let Ok(used) = reconciler.dataplane().flows_in_use(&bits, CLOCK) {
+    if let Ok(used) = reconciler
+        .dataplane()
+        .flows_in_use(&bits, CLOCK, &Timeouts::default())
+    {
         reconciler.clear(&bits.difference(&used).copied().collect());
     }
 }

@@ -770,11 +770,11 @@ impl Reference {
             evicted: None,
             stale: false,
         };
-        let taken = self
-            .flows
-            .find(&connection.backend_tuple())
-            .is_some_and(|(id, _)| !self.flows.connections[&id].is_closed());
-        if !taken {
+        let Some((id, _)) = self.flows.find(&connection.backend_tuple()) else {
+            return Err(Outcome::NotOurs);
+        };
+        if self.flows.connections[&id].is_closed() {
+            self.flows.remove(id);
             return Err(Outcome::NotOurs);
         }
         self.enter(connection, false, events)

@@ -10,8 +10,12 @@ use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use svc_lb::compile::desired::DesiredPort;
+use svc_lb::dataplane::clock::jiffies_per_second;
+use svc_lb::dataplane::collect::Collector;
 use svc_lb::dataplane::kernel::{Kernel, MapSet};
-use svc_lb::dataplane::{Dataplane as _, FAMILIES, FlowEntry, FlowTable, PerFamily, Sizes};
+use svc_lb::dataplane::{
+    Dataplane as _, FAMILIES, FlowEntry, FlowTable, PerFamily, Sizes, Timeouts,
+};
 use svc_lb::model::ObjectName;
 use svc_lb::plan::{self, Planner};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
@@ -344,16 +348,19 @@ impl Rig {
 
     /// Removes all flow entries.
     pub fn clear_flows(&mut self) {
-        for [v4, v6] in [name::OPENING, name::ESTABLISHED, name::STREAMS] {
-            self.clear::<FlowKey<Addr4>, Flow<Addr4>>(v4);
-            self.clear::<FlowKey<Addr6>, Flow<Addr6>>(v6);
-        }
+        self.remove(&|_, _| true);
     }
 
-    fn clear<K: aya::Pod, V: aya::Pod>(&mut self, name: &'static str) {
+    fn remove_from<K: aya::Pod, V: aya::Pod>(
+        &mut self,
+        name: &'static str,
+        which: &dyn Fn(&V) -> bool,
+    ) {
         let map = self.ebpf.map_mut(name).expect("the map is there");
         let mut map: aya::maps::HashMap<_, K, V> = map.try_into().expect("a hash");
-        let keys: Vec<K> = map.keys().map(|key| key.expect("a key")).collect();
+        let entries = map.iter().map(|entry| entry.expect("an entry"));
+        let gone = entries.filter(|(_, value)| which(value));
+        let keys: Vec<K> = gone.map(|(key, _)| key).collect();
         *self.removed.entry(name).or_default() += keys.len() as u64;
         for key in keys {
             map.remove(&key).expect("an entry is removed");
@@ -375,6 +382,64 @@ impl Rig {
         change_all::<FlowKey<Addr6>, Flow<Addr6>>(self.map(v6), &|key, flow| {
             age_one(key.protocol, &mut flow.proof);
         });
+    }
+
+    /// What collects flows and pins that are over.
+    ///
+    /// # Panics
+    /// If it does not take the programs' maps.
+    #[must_use]
+    pub fn collector(&self, timeouts: Timeouts) -> Collector {
+        Collector::new(&mut map_set(&self.ebpf), timeouts).expect("the maps are the agent's")
+    }
+
+    /// Makes flow entries look as if no packet had matched for so many seconds longer, by the kernel's clock: those of
+    /// which `which` says so by their map and traits.
+    pub fn age(&mut self, seconds: u32, which: &dyn Fn(FlowTable, u16) -> bool) {
+        let age = seconds * jiffies_per_second().expect("the clock is known");
+        for table in FlowTable::ALL {
+            let v4 = self.map(table.lru().name(Family::V4));
+            change_all::<FlowKey<Addr4>, Flow<Addr4>>(v4, &|_, flow| {
+                let age = if which(table, flow.traits) { age } else { 0 };
+                flow.seen = flow.seen.wrapping_sub(age);
+            });
+            let v6 = self.map(table.lru().name(Family::V6));
+            change_all::<FlowKey<Addr6>, Flow<Addr6>>(v6, &|_, flow| {
+                let age = if which(table, flow.traits) { age } else { 0 };
+                flow.seen = flow.seen.wrapping_sub(age);
+            });
+        }
+    }
+
+    /// Removes flow entries of which `which` says so by their map and traits.
+    pub fn remove(&mut self, which: &dyn Fn(FlowTable, u16) -> bool) {
+        for table in FlowTable::ALL {
+            let [v4, v6] = FAMILIES.map(|family| table.lru().name(family));
+            self.remove_from::<FlowKey<Addr4>, Flow<Addr4>>(v4, &|flow| which(table, flow.traits));
+            self.remove_from::<FlowKey<Addr6>, Flow<Addr6>>(v6, &|flow| which(table, flow.traits));
+        }
+    }
+
+    /// Positions of `guard_direct` that are set.
+    #[must_use]
+    pub fn direct_positions(&self) -> Vec<u32> {
+        let map = self.ebpf.map(name::GUARD_DIRECT).expect("the map is there");
+        let map: aya::maps::Array<_, u64> = map.try_into().expect("an array");
+        let set = (0..map.len()).filter(|index| map.get(index, 0).expect("a position") != 0);
+        set.collect()
+    }
+
+    /// Makes direct flows look as if the latest had been opened so many seconds earlier.
+    pub fn age_direct(&mut self, seconds: u32) {
+        let age = u64::from(seconds * jiffies_per_second().expect("the clock is known"));
+        let positions = self.direct_positions();
+        let map = self.map(name::GUARD_DIRECT);
+        let mut map: aya::maps::Array<_, u64> = map.try_into().expect("an array");
+        for index in positions {
+            let opened = map.get(&index, 0).expect("a position");
+            map.set(index, opened - age, 0)
+                .expect("a position is written");
+        }
     }
 
     /// Removes one entry of a flow, and makes the other one look as if no packet had matched for long.

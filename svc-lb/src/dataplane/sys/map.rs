@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use aya::Pod;
-use aya_obj::generated::{bpf_cmd, bpf_map_info, bpf_map_type};
+use aya_obj::generated::{BPF_NOEXIST, bpf_cmd, bpf_map_info, bpf_map_type};
 
 use super::{Info, ObjectKind, bpf, object_kind, owned, raw};
 
@@ -234,48 +234,50 @@ impl<K: Pod, V: Pod> TypedMap<K, V> {
         Ok(())
     }
 
+    /// Enters an entry where there is none; false where there is one.
+    pub fn insert_new(&self, key: &K, value: &V) -> io::Result<bool> {
+        let mut attr = Element::new(self.map.as_fd(), Some(key));
+        attr.value_or_next_key = std::ptr::from_ref(value).expose_provenance() as u64;
+        attr.flags = u64::from(BPF_NOEXIST);
+        // SAFETY: the kernel reads a key and a value; `new` has compared their sizes.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr) } {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Deletes one entry and returns what it was at that moment; `None` where there is none. In
+    /// kernels that cannot do both at once (before 5.14) it is read just before.
+    pub fn take(&self, key: &K) -> io::Result<Option<V>> {
+        let mut value = zeroed::<V>();
+        let mut attr = Element::new(self.map.as_fd(), Some(key));
+        attr.value_or_next_key = (&raw mut value).expose_provenance() as u64;
+        // SAFETY: the kernel reads a key and writes a value; `new` has compared their sizes.
+        match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut attr) } {
+            Err(error) if no_batches(&error) => {
+                let value = self.get(key)?;
+                self.delete(key)?;
+                Ok(value)
+            }
+            result => Ok(absent_is_none(result)?.map(|_| value)),
+        }
+    }
+
     /// Shows every entry of a hash, in batches where the kernel has them. Entries that come and go
     /// meanwhile may be missed, and in a kernel without batches be shown twice.
     pub fn visit(&self, visit: &mut dyn FnMut(&K, &V)) -> io::Result<()> {
-        let mut size = BATCH;
-        let mut keys = vec![zeroed::<K>(); size];
-        let mut values = vec![zeroed::<V>(); size];
-        // The kernel's position in a hash: a bucket number.
-        let (mut from, mut next) = (0u32, 0u32);
-        let mut first = true;
+        let mut walk = Walk::new();
         loop {
-            let mut attr = BatchCall::new(self.map.as_fd(), size)?;
-            if !first {
-                attr.in_batch = (&raw const from).expose_provenance() as u64;
-            }
-            attr.out_batch = (&raw mut next).expose_provenance() as u64;
-            attr.keys = keys.as_mut_ptr().expose_provenance() as u64;
-            attr.values = values.as_mut_ptr().expose_provenance() as u64;
-            // SAFETY: the kernel reads a position, writes one, and writes at most `count` keys and
-            // values.
-            let result = unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) };
-            let last = match result {
-                Ok(_) => false,
-                // The end, possibly with some entries.
-                Err(error) if is_absent(&error) => true,
-                // A bucket with more entries than fit.
-                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => {
-                    size *= 2;
-                    keys.resize(size, zeroed());
-                    values.resize(size, zeroed());
-                    continue;
-                }
+            let first = walk.at_start();
+            match walk.step(self, BATCH) {
+                Ok(entries) => entries.for_each(|(key, value)| visit(key, value)),
                 Err(error) if first && no_batches(&error) => return self.visit_singly(visit),
                 Err(error) => return Err(error),
-            };
-            for (key, value) in keys.iter().zip(&values).take(attr.count as usize) {
-                visit(key, value);
             }
-            if last {
+            if walk.at_start() {
                 return Ok(());
             }
-            from = next;
-            first = false;
         }
     }
 
@@ -290,6 +292,76 @@ impl<K: Pod, V: Pod> TypedMap<K, V> {
             key = self.next_key(Some(&current))?;
         }
         Ok(())
+    }
+}
+
+/// A walk over all entries of a hash, some at a time. An entry that stays in the map is met once.
+#[derive(Debug)]
+pub struct Walk<K, V> {
+    /// The kernel's position: a bucket number. None: at the start.
+    position: Option<u32>,
+    keys: Vec<K>,
+    values: Vec<V>,
+}
+
+impl<K: Pod, V: Pod> Walk<K, V> {
+    /// At the start.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            position: None,
+            keys: Vec::new(),
+            values: Vec::new(),
+        }
+    }
+
+    /// Whether the next step begins anew: nothing was read yet, or all of it.
+    #[must_use]
+    pub const fn at_start(&self) -> bool {
+        self.position.is_none()
+    }
+
+    /// Reads the next entries, `count` at most unless one bucket has more.
+    ///
+    /// # Errors
+    /// `EINVAL` or `ENOTSUPP` from a kernel without batches (before 5.6), or for another kind of map.
+    pub fn step(
+        &mut self,
+        map: &TypedMap<K, V>,
+        count: usize,
+    ) -> io::Result<impl Iterator<Item = (&K, &V)>> {
+        let mut count = count.clamp(1, BATCH);
+        let mut next = 0u32;
+        let (read, last) = loop {
+            let room = self.keys.len().max(count);
+            self.keys.resize(room, zeroed());
+            self.values.resize(room, zeroed());
+            let mut attr = BatchCall::new(map.map.as_fd(), count)?;
+            if let Some(position) = &self.position {
+                attr.in_batch = std::ptr::from_ref(position).expose_provenance() as u64;
+            }
+            attr.out_batch = (&raw mut next).expose_provenance() as u64;
+            attr.keys = self.keys.as_mut_ptr().expose_provenance() as u64;
+            attr.values = self.values.as_mut_ptr().expose_provenance() as u64;
+            // SAFETY: the kernel reads a position, writes one, and writes at most `count` keys and
+            // values.
+            match unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) } {
+                Ok(_) => break (attr.count as usize, false),
+                // The end, possibly with some entries.
+                Err(error) if is_absent(&error) => break (attr.count as usize, true),
+                // A bucket with more entries than fit.
+                Err(error) if error.raw_os_error() == Some(libc::ENOSPC) => count *= 2,
+                Err(error) => return Err(error),
+            }
+        };
+        self.position = (!last).then_some(next);
+        Ok(self.keys.iter().zip(&self.values).take(read))
+    }
+}
+
+impl<K: Pod, V: Pod> Default for Walk<K, V> {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

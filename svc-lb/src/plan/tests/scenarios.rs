@@ -634,13 +634,13 @@ fn guard_bits_outlive_their_objects_as_long_as_flows_need_them() {
     planner.remove_service(&name(0));
     apply(&mut planner, &mut memory).unwrap();
     assert_eq!(
-        sweep(&mut planner, &mut memory, CLOCK).unwrap(),
+        sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap(),
         0,
         "before grace"
     );
     reclaim(&mut planner, &memory).unwrap();
     assert_eq!(
-        sweep(&mut planner, &mut memory, CLOCK).unwrap(),
+        sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap(),
         0,
         "a flow is live"
     );
@@ -649,7 +649,7 @@ fn guard_bits_outlive_their_objects_as_long_as_flows_need_them() {
 
     memory.flows.pop();
     assert_eq!(
-        sweep(&mut planner, &mut memory, CLOCK).unwrap(),
+        sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap(),
         1,
         "the forward entry is left"
     );
@@ -662,7 +662,7 @@ fn guard_bits_outlive_their_objects_as_long_as_flows_need_them() {
         CLOCK.jiffies.wrapping_sub(500_000 * CLOCK.hz),
     );
     assert_eq!(
-        sweep(&mut planner, &mut memory, CLOCK).unwrap(),
+        sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap(),
         1,
         "the flow is old"
     );
@@ -678,7 +678,7 @@ fn a_bit_that_two_share_goes_with_the_second() {
         assert!(memory.guarded(bit));
         planner.remove_service(&name(service));
         step(&mut planner, &mut memory);
-        sweep(&mut planner, &mut memory, CLOCK).unwrap();
+        sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap();
     }
     assert!(!memory.guarded(bit));
 }
@@ -700,7 +700,7 @@ fn nothing_is_removed_before_the_initial_lists_are_complete() {
     planner.set_node_addresses([]);
     assert!(planner.is_pending());
     step(&mut planner, &mut memory);
-    sweep(&mut planner, &mut memory, CLOCK).unwrap();
+    sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap();
     let wanted = Wanted::from([(v4(0), ports[0].clone())]);
     check_tables(&wanted, &BTreeSet::new(), &planner, &memory);
     check_guard(&wanted, &BTreeSet::new(), &memory);
@@ -716,7 +716,7 @@ fn node_addresses_stay_until_somebody_says_which_there_are() {
     let mut planner = Planner::restore(&memory.snapshot().unwrap());
     planner.remove_unclaimed();
     step(&mut planner, &mut memory);
-    sweep(&mut planner, &mut memory, CLOCK).unwrap();
+    sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap();
     assert!(!planner.is_pending());
     let left: Vec<_> = memory.frontends().keys().copied().collect();
     assert_eq!(left, nodes.map(FrontendAt::address));
@@ -726,7 +726,7 @@ fn node_addresses_stay_until_somebody_says_which_there_are() {
 
     planner.set_node_addresses([nodes[1]]);
     step(&mut planner, &mut memory);
-    sweep(&mut planner, &mut memory, CLOCK).unwrap();
+    sweep(&mut planner, &mut memory, CLOCK, &Timeouts::default()).unwrap();
     let left: Vec<_> = memory.frontends().keys().copied().collect();
     assert_eq!(left, [FrontendAt::address(nodes[1])]);
     assert_eq!(bits.map(|bit| memory.guarded(bit)), [false, true]);
