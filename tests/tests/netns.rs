@@ -8,6 +8,8 @@ mod admission;
 mod clashes;
 #[path = "netns/cluster.rs"]
 mod cluster;
+#[path = "netns/conformance.rs"]
+mod conformance;
 #[path = "netns/endings.rs"]
 mod endings;
 #[path = "netns/endpoints.rs"]

@@ -79,15 +79,6 @@ pub(super) struct Args {
     /// without the label otherwise
     #[arg(long, value_name = "NAME", env = "SVC_LB_SERVICE_PROXY_NAME")]
     service_proxy_name: Option<String>,
-    /// What clients outside get where a Local policy finds no endpoint on this node
-    #[arg(
-        long,
-        value_name = "ANSWER",
-        env = "SVC_LB_NO_LOCAL_ENDPOINT",
-        value_enum,
-        default_value_t
-    )]
-    no_local_endpoint: NoLocalEndpoint,
     /// Where NodePorts are served: all, primary (what the Node object calls the node, else the
     /// default route's first address), or ranges of the node's addresses. A family that is not spoken
     /// of is served on all. The default is that of kube-proxy's iptables mode; its nftables mode
@@ -112,6 +103,8 @@ pub(super) struct Args {
     )]
     external_ips: ExternalIps,
     #[command(flatten)]
+    refusals: RefusalArgs,
+    #[command(flatten)]
     selection: SelectionArgs,
     #[command(flatten)]
     health: HealthArgs,
@@ -123,6 +116,90 @@ pub(super) struct Args {
     edges: EdgeArgs,
     #[command(flatten)]
     dataplane: DataplaneArgs,
+}
+
+#[derive(Clone, Copy, Debug, clap::Args)]
+#[command(next_help_heading = "Refusals")]
+struct RefusalArgs {
+    /// What clients get where a Local policy finds no endpoint on this node
+    #[arg(
+        long,
+        value_name = "ANSWER",
+        env = "SVC_LB_NO_LOCAL_ENDPOINT",
+        value_enum,
+        default_value_t
+    )]
+    no_local_endpoint: NoLocalEndpoint,
+    /// What clients get at a port that a ClusterIP does not have
+    #[arg(
+        long,
+        value_name = "ANSWER",
+        env = "SVC_LB_UNDEFINED_PORT",
+        value_enum,
+        default_value_t
+    )]
+    undefined_port: UndefinedPort,
+    /// What becomes of packets to an address of --service-cidr that no Service has
+    #[arg(
+        long,
+        value_name = "FATE",
+        env = "SVC_LB_UNALLOCATED_ADDRESS",
+        value_enum,
+        default_value_t
+    )]
+    unallocated_address: UnallocatedAddress,
+}
+
+impl RefusalArgs {
+    /// The programs' settings, in place of those in `bits`.
+    fn apply(self, bits: u32) -> u32 {
+        let Self {
+            no_local_endpoint,
+            undefined_port,
+            unallocated_address,
+        } = self;
+        [
+            (
+                config::REJECT_NO_LOCAL,
+                no_local_endpoint == NoLocalEndpoint::Reject,
+            ),
+            (
+                config::REJECT_UNDEFINED_PORT,
+                undefined_port == UndefinedPort::Reject,
+            ),
+            (
+                config::DROP_UNALLOCATED,
+                unallocated_address == UnallocatedAddress::Drop,
+            ),
+        ]
+        .into_iter()
+        .fold(
+            bits,
+            |bits, (bit, on)| {
+                if on { bits | bit } else { bits & !bit }
+            },
+        )
+    }
+}
+
+/// `--undefined-port`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum UndefinedPort {
+    /// Connection refused, as by kube-proxy's nftables mode.
+    #[default]
+    Reject,
+    /// Nothing, as by its iptables mode: packets go where routes lead, but do not leave the node.
+    Pass,
+}
+
+/// `--unallocated-address`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum UnallocatedAddress {
+    /// They are dropped, as by kube-proxy's nftables mode: nothing goes in circles.
+    #[default]
+    Drop,
+    /// They go where the node's routes lead, as by its iptables mode.
+    Pass,
 }
 
 /// `--no-local-endpoint`.
@@ -386,9 +463,9 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         stream_initial_quiet,
         node_name,
         service_proxy_name,
-        no_local_endpoint,
         nodeport_addresses,
         external_ips,
+        refusals,
         selection:
             SelectionArgs {
                 lb_algorithm,
@@ -435,9 +512,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
     }));
     let mut config = with_service_cidrs(Config::DEFAULT, &service_cidr)?;
     config.maglev_seed = text_hash(&maglev_seed);
-    if no_local_endpoint == NoLocalEndpoint::Reject {
-        config.bits |= config::REJECT_NO_LOCAL;
-    }
+    config.bits = refusals.apply(config.bits);
     if external_ips == ExternalIps::Outside {
         config.bits |= config::EXTERNAL_IPS_OUTSIDE;
     }
@@ -549,6 +624,24 @@ mod tests {
         assert_eq!(settings.sync_period, Duration::from_secs(30));
         assert_eq!(config.bits & config::EXTERNAL_IPS_OUTSIDE, 0);
         assert_eq!(settings.node_ports, [NodePorts::All]);
+    }
+
+    /// C3, C6, E3, E4: what is not served is refused as told.
+    #[test]
+    fn refusals_follow_the_command_line() {
+        let bits = |line: &str| parse(line).unwrap().config.bits;
+        let all =
+            config::REJECT_NO_LOCAL | config::REJECT_UNDEFINED_PORT | config::DROP_UNALLOCATED;
+        let plain = bits("svc-lb run --manifests a --node-name n");
+        assert_eq!(
+            plain & all,
+            config::REJECT_UNDEFINED_PORT | config::DROP_UNALLOCATED
+        );
+        let other = bits(
+            "svc-lb run --manifests a --node-name n --no-local-endpoint reject \
+             --undefined-port pass --unallocated-address pass",
+        );
+        assert_eq!(other & all, config::REJECT_NO_LOCAL);
     }
 
     #[test]

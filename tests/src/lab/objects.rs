@@ -142,11 +142,17 @@ impl Service {
 
     /// Adds a pod as an endpoint that is being deleted but still serves.
     #[must_use]
-    pub fn terminating(mut self, pod: &Pod) -> Self {
+    pub fn terminating(self, pod: &Pod) -> Self {
+        self.with_conditions(pod, [false, true, true])
+    }
+
+    /// Adds a pod as an endpoint that is ready, serving, terminating.
+    #[must_use]
+    pub fn with_conditions(mut self, pod: &Pod, conditions: [bool; 3]) -> Self {
         self.endpoints.push(Endpoint {
             addr: pod.addr(),
             node: Some(pod.node()),
-            conditions: [false, true, true],
+            conditions,
         });
         self
     }

@@ -14,6 +14,8 @@ use svc_lb_tests::lab::{Attach, Dual, Family, Lab, Namespace, NodeName, Pod, eve
 
 /// How long the agent may take to act on a change.
 pub(crate) const SOON: Duration = Duration::from_secs(5);
+/// Long enough for an answer within the lab.
+pub(crate) const BRIEF: Duration = Duration::from_millis(200);
 /// Ports of the servers in the pods.
 pub(crate) const HTTP: u16 = 8080;
 pub(crate) const ECHO: u16 = 7000;
@@ -289,6 +291,32 @@ pub(crate) fn leaves(client: Client<'_>, to: SocketAddr, gone: &[&str]) {
             let server = client.echo(to)?.server().to_owned();
             ensure!(!gone.contains(&server.as_str()), "reached {server}");
         }
+        Ok(())
+    });
+}
+
+/// Waits until connections to a frontend land on each of `servers` and on nobody else.
+pub(crate) fn serves(source: Source<'_>, frontend: Frontend, family: Family, servers: &[&str]) {
+    let to = frontend.addr.socket(family, frontend.echo);
+    let what = format!("{} leads to {servers:?} over {family}", frontend.kind);
+    let expected: BTreeSet<&str> = servers.iter().copied().collect();
+    eventually(&what, SOON, || {
+        let hits = (0..30).map(|_| Ok(Client::of(source.ns).echo(to)?.server().to_owned()));
+        let hits: BTreeSet<String> = hits.collect::<Result<_>>()?;
+        ensure!(
+            hits.iter().map(String::as_str).eq(expected.iter().copied()),
+            "{hits:?}"
+        );
+        Ok(())
+    });
+}
+
+/// Waits until nobody answers new connections any more.
+pub(crate) fn ends(source: Source<'_>, frontend: Frontend, family: Family) {
+    let to = frontend.addr.socket(family, frontend.echo);
+    eventually(&format!("{to} is over"), SOON, || {
+        let echo = Client::of(source.ns).patience(BRIEF).echo(to);
+        ensure!(echo.is_err(), "served");
         Ok(())
     });
 }

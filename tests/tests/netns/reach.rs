@@ -6,8 +6,9 @@ use svc_lb_tests::lab::{Attach, Family, Lab, NodeName, privileged, server};
 
 use crate::cluster::{
     CLUSTER_IP, ECHO, FROM_OUTSIDE, FROM_PODS, Frontend, HTTP, NODE_PORT, Source, cluster_ip,
-    each_family, everywhere, inside, reaches, serve, serve_all, settles, start,
+    each_family, ends, everywhere, inside, reaches, serve, serve_all, serves, settles, start,
 };
+use crate::refusal::{ports, silent};
 
 fn lab() -> Lab {
     Lab::builder()
@@ -204,7 +205,8 @@ fn endpoints_outside_the_cluster() {
     }
 }
 
-/// C6's third kind of pod: backends of the hosts' own network, on this node and on another one.
+/// Backends of the hosts' own network, on this node and on another one; C6: with internalTrafficPolicy Local that on this
+/// node serves, and that on another one does not.
 #[test]
 fn backends_of_the_host_network() {
     if !privileged() {
@@ -222,7 +224,7 @@ fn backends_of_the_host_network() {
     let service = everywhere("web")
         .host_network(NodeName::A)
         .host_network(NodeName::B);
-    let (_manifests, _agent) = start(&lab, &[service]);
+    let (manifests, _agent) = start(&lab, &[service]);
     for family in Family::BOTH {
         for source in ["client-r", "client-b"] {
             for frontend in FROM_PODS {
@@ -234,5 +236,21 @@ fn backends_of_the_host_network() {
             let nodes = ["node-a", "node-b"];
             reaches(Source::outside(&lab, 0), frontend, family, &nodes);
         }
+    }
+    let local = || everywhere("web").spec("internalTrafficPolicy", "Local".into());
+    let both = local().host_network(NodeName::A).host_network(NodeName::B);
+    manifests.write(&[both]).unwrap();
+    let clients = ["client-r", "client-b"].map(|name| Source::pod(&lab, name));
+    for (source, family) in clients.into_iter().zip(Family::BOTH) {
+        serves(source, CLUSTER_IP, family, &["node-a"]);
+        reaches(source, CLUSTER_IP, family, &["node-a"]);
+    }
+    manifests
+        .write(&[local().host_network(NodeName::B)])
+        .unwrap();
+    for (source, family) in clients.into_iter().zip(Family::BOTH) {
+        ends(source, CLUSTER_IP, family);
+        let (tcp, udp) = ports(CLUSTER_IP, family);
+        silent(Client::of(source.ns), tcp, udp);
     }
 }

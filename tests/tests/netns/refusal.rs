@@ -153,6 +153,47 @@ fn undefined_ports_and_addresses() {
     assert!(leaked.is_empty(), "left the node: {leaked:?}");
 }
 
+/// E3, E4 as in kube-proxy's iptables mode, by setting: nobody answers at a port that a ClusterIP does not have, and what
+/// is for an address that nobody has goes where routes lead. C3, C6 with a reject, by setting.
+#[test]
+fn refusals_are_settings() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let service = everywhere("web")
+        .spec("externalTrafficPolicy", "Local".into())
+        .spec("internalTrafficPolicy", "Local".into())
+        .pods([lab.pod("far")]);
+    let (_manifests, _agent) = start_with(&lab, &[service], |config| {
+        config.args([
+            "--undefined-port=pass",
+            "--unallocated-address=pass",
+            "--no-local-endpoint=reject",
+        ])
+    });
+    let client = Client::of(lab.pod("client-r").ns());
+    for family in Family::BOTH {
+        let wire = Capture::start(lab.router(), "node-a").unwrap();
+        let undefined = CLUSTER_IP.addr.socket(family, 4444);
+        silent(client, undefined, undefined);
+        let nobody = cluster_ip(4000).socket(family, 80);
+        let _nobody_answers = client.patience(SILENCE).connect(nobody);
+        let left = wire.stop().unwrap();
+        let leads = |to: SocketAddr| left.iter().any(|seen| seen.to == to);
+        assert!(leads(nobody), "{nobody} did not leave the node: {left:?}");
+        assert!(!leads(undefined), "{undefined} left the node: {left:?}");
+        for (source, frontend) in [
+            (client, CLUSTER_IP),
+            (Client::of(lab.client(0).ns()), NODE_PORT),
+        ] {
+            let (tcp, udp) = ports(frontend, family);
+            refused(source, tcp, udp);
+        }
+    }
+}
+
 /// C3: with externalTrafficPolicy Local and endpoints on other nodes only, outside clients hear nothing; pods are
 /// served (C4).
 #[test]
