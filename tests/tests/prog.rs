@@ -20,6 +20,8 @@ mod collect;
 mod endings;
 #[path = "prog/eviction.rs"]
 mod eviction;
+#[path = "prog/floods.rs"]
+mod floods;
 #[path = "prog/headers.rs"]
 mod headers;
 #[path = "prog/policies.rs"]
