@@ -28,5 +28,7 @@ mod headers;
 mod policies;
 #[path = "prog/refusals.rs"]
 mod refusals;
+#[path = "prog/remote.rs"]
+mod remote;
 #[path = "prog/walks.rs"]
 mod walks;

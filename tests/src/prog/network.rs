@@ -70,8 +70,15 @@ pub const MTU: u16 = 1_500;
 /// MTU of [`Network::stranger`] and [`Network::xdp_uplink`]: IPv6's least.
 pub const SMALL_MTU: u16 = 1_280;
 
+/// 65,536 addresses of clients.
+pub const MANY_CLIENTS: IpAddr = v4(198, 18, 0, 0);
+/// 65,536 addresses of pods on other nodes.
+pub const MANY_BACKENDS: IpAddr = v4(198, 19, 0, 0);
+
 /// Where packets to other hosts go: the longest prefix counts.
-const ROUTES: [(IpAddr, u8, Out); 12] = [
+const ROUTES: [(IpAddr, u8, Out); 14] = [
+    (MANY_CLIENTS, 16, UPLINK),
+    (MANY_BACKENDS, 16, XDP_UPLINK),
     (v4(172, 16, 1, 10), 32, XDP_UPLINK),
     (v4(172, 16, 1, 11), 32, XDP_UPLINK),
     (v4(172, 16, 1, 12), 32, UPLINK),

@@ -6,6 +6,7 @@ use svc_lb::compile::desired::DesiredPort;
 use svc_lb_common::outcome::{Event, Fate, Hook, Outcome};
 use svc_lb_common::{Family, Protocol};
 use svc_lb_tests::lab::privileged;
+use svc_lb_tests::prog::network::{STRANGER, UPLINK, XDP_UPLINK};
 use svc_lb_tests::prog::rig::{Count, Counters, Setup};
 use svc_lb_tests::prog::tables::{Describe as _, at, port};
 use svc_lb_tests::prog::{Frame, Network, Rig, Verdict, network};
@@ -79,6 +80,8 @@ pub(crate) fn with_setup(setup: &Setup, test: impl FnOnce(&mut Bench) + Send) {
         let mut rig = Rig::with(network, setup);
         rig.planner
             .set_node_addresses(FAMILIES.map(|family| world(family).node.ip()));
+        let outs = [UPLINK, XDP_UPLINK, STRANGER].map(|out| out.sources);
+        rig.planner.set_sources(outs.into_iter().flatten());
         rig.apply();
         test(&mut Bench {
             rig,
