@@ -54,7 +54,7 @@ const CHAIN: usize = 6;
 /// How far from what the backend said an acknowledgement may lie, before or behind.
 const PROOF: i32 = 65_536;
 /// Source ports that are tried for a flow.
-const PORT_TRIES: u64 = 24;
+const PORT_TRIES: u64 = 8;
 /// At most so much of a packet is quoted in an ICMP error.
 const QUOTE: usize = 128;
 

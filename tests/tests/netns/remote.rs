@@ -1,5 +1,7 @@
 //! Outside clients and the backends of every node.
 
+use svc_lb_tests::lab::addresses::{NODE_A, SERVICES};
+use svc_lb_tests::lab::netlink::Via;
 use svc_lb_tests::lab::receiver::Receiver;
 use svc_lb_tests::lab::{Family, Lab, privileged};
 
@@ -114,5 +116,31 @@ fn pods_are_masked_where_told() {
             let pod = Source::pod(&lab, "client-r").masked(masked);
             reaches(pod, frontend, family, &ALL);
         }
+    }
+}
+
+/// B14: a ClusterIP that the network routes to the node works for outside clients as other frontends do.
+#[test]
+fn cluster_ips_are_reached_where_they_are_routed() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    for family in Family::BOTH {
+        let to_node = Via::gateway("nodes", NODE_A.of(family));
+        let net = SERVICES.base.of(family);
+        let routed = lab
+            .router()
+            .netlink()
+            .route(net, SERVICES.len(family), to_node);
+        routed.unwrap();
+    }
+    let _servers = serve_all(&lab);
+    let (_manifests, _agent) = start(
+        &lab,
+        &[everywhere("web").pods(ALL.map(|name| lab.pod(name)))],
+    );
+    for family in Family::BOTH {
+        reaches(Source::outside(&lab, 0), CLUSTER_IP, family, &ALL);
     }
 }
