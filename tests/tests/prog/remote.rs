@@ -1,6 +1,6 @@
 //! Flows with a translated source: to backends of other nodes, and back.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use svc_lb_common::config::Config;
@@ -118,7 +118,7 @@ fn a_million_flows_through_one_node_port() {
             SocketAddr::new(nth(MANY_CLIENTS, n / 50_000 + 1).into(), port)
         };
         let (uplink, xdp) = (bench.network.uplink, bench.network.xdp_uplink);
-        let mut seen: HashMap<(u16, SocketAddr), u32> = HashMap::with_capacity(1 << 20);
+        let mut seen: BTreeMap<(u16, SocketAddr), u32> = BTreeMap::new();
         let mut by_backend: BTreeMap<SocketAddr, u32> = BTreeMap::new();
         let mut without_port = 0;
         for n in 0..FLOWS {
