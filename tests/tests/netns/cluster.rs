@@ -29,6 +29,19 @@ pub(crate) const NODE_HTTP: u16 = 30080;
 pub(crate) const NODE_ECHO: u16 = 30007;
 pub(crate) const NODE_UDP: u16 = 30053;
 
+/// Pods of every kind on both nodes, clients among them, and one outside.
+pub(crate) fn lab() -> Lab {
+    Lab::builder()
+        .routed("r1")
+        .bridged("b1")
+        .remote("far")
+        .routed("client-r")
+        .bridged("client-b")
+        .clients(1)
+        .build()
+        .unwrap()
+}
+
 /// The servers of one pod: HTTP, TCP echo, UDP echo, each naming the pod.
 pub(crate) fn serve(pod: &Pod) -> [Server; 3] {
     [

@@ -16,21 +16,9 @@ use svc_lb_tests::prog::frame::flags::{ACK, PSH, RST};
 use crate::cluster::{
     BRIEF, CLUSTER_IP, ECHO, Frontend, HTTP, LOAD_BALANCER, NODE_ECHO, NODE_HTTP, NODE_PORT,
     NODE_UDP, SERVICE_ECHO, SERVICE_HTTP, SERVICE_UDP, SOON, Source, UDP, cluster_ip, each_family,
-    ends, everywhere, inside, reaches, serve, serve_all, serves, settles, start,
+    ends, everywhere, inside, lab, reaches, serve, serve_all, serves, settles, start,
 };
 use crate::refusal::{ports, refused, silent};
-
-fn lab() -> Lab {
-    Lab::builder()
-        .routed("r1")
-        .bridged("b1")
-        .remote("far")
-        .routed("client-r")
-        .bridged("client-b")
-        .clients(1)
-        .build()
-        .unwrap()
-}
 
 /// The `n`th ClusterIP as a frontend.
 fn at(n: u16) -> Frontend {

@@ -6,21 +6,9 @@ use svc_lb_tests::lab::{Attach, Family, Lab, NodeName, privileged, server};
 
 use crate::cluster::{
     CLUSTER_IP, ECHO, FROM_OUTSIDE, FROM_PODS, Frontend, HTTP, NODE_PORT, Source, cluster_ip,
-    each_family, ends, everywhere, inside, reaches, serve, serve_all, serves, settles, start,
+    each_family, ends, everywhere, inside, lab, reaches, serve, serve_all, serves, settles, start,
 };
 use crate::refusal::{ports, silent};
-
-fn lab() -> Lab {
-    Lab::builder()
-        .routed("r1")
-        .bridged("b1")
-        .remote("far")
-        .routed("client-r")
-        .bridged("client-b")
-        .clients(1)
-        .build()
-        .unwrap()
-}
 
 /// A1, A5, A9, B1, B4, B5, C11: pods reach every backend through every frontend, over both families and protocols.
 /// C10 as well: the pods that serve are clients too.

@@ -4,20 +4,8 @@ use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::{Lab, privileged};
 
 use crate::cluster::{
-    CLUSTER_IP, Frontend, NODE_PORT, Source, each_family, everywhere, serve_all, start,
+    CLUSTER_IP, Frontend, NODE_PORT, Source, each_family, everywhere, lab, serve_all, start,
 };
-
-fn lab() -> Lab {
-    Lab::builder()
-        .routed("r1")
-        .bridged("b1")
-        .remote("far")
-        .routed("client-r")
-        .bridged("client-b")
-        .clients(1)
-        .build()
-        .unwrap()
-}
 
 /// Flows whose spread is counted.
 const FLOWS: usize = 900;
