@@ -60,8 +60,8 @@ const BUGS: [Bug; 10] = [
     Bug {
         name: "a live flow's tuple is taken over",
         file: "conntrack.rs",
-        is: "found.source == peer.source\n        && found.destination == peer.destination",
-        becomes: "found.destination == peer.destination",
+        is: "(found.source.fold() ^ peer.source.fold())\n        | (found.destination",
+        becomes: "(found.destination",
     },
     Bug {
         name: "what XDP translated is taken for a direct connection",
