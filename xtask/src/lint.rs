@@ -92,9 +92,10 @@ impl Step {
                     .arg("--all-targets")
                     .args(["--", "-D", "warnings"]),
             ),
-            Self::ClippyBpf => {
-                proc::run(build::bpf_cargo("clippy").args(["--release", "--", "-D", "warnings"]))
-            }
+            Self::ClippyBpf => build::BPF_PACKAGES.into_iter().try_for_each(|package| {
+                let mut cmd = build::bpf_cargo("clippy", package);
+                proc::run(cmd.args(["--release", "--", "-D", "warnings"]))
+            }),
             Self::Docs => proc::run(
                 host_packages(proc::cargo().arg("doc"))
                     .arg("--no-deps")
@@ -104,7 +105,8 @@ impl Step {
     }
 }
 
-/// Every package but the kernel crate, which has no standard library to build against.
+/// Every package but the kernel's, which have no standard library to build against.
 fn host_packages(cmd: &mut Command) -> &mut Command {
-    cmd.args(["--workspace", "--exclude", build::BPF_PACKAGE])
+    let excluded = build::BPF_PACKAGES.map(|package| ["--exclude", package]);
+    cmd.arg("--workspace").args(excluded.concat())
 }

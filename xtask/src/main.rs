@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 
 mod apt;
+mod bench;
 mod build;
 mod demo;
 mod deps;
@@ -28,7 +29,7 @@ mod vm;
 #[command(
     name = "cargo xtask",
     bin_name = "cargo xtask",
-    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code\n  cargo xtask semantics        which tests prove which row of docs/semantics.md\n  cargo xtask vm all           on four kernels, in QEMU"
+    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code\n  cargo xtask semantics        which tests prove which row of docs/semantics.md\n  cargo xtask vm all           on four kernels, in QEMU\n  cargo xtask bench            the figures we quote"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -39,6 +40,7 @@ struct Cli {
 enum Command {
     Setup(setup::Args),
     Build(build::Args),
+    Bench(bench::Args),
     Demo(demo::Args),
     Test(test::Args),
     Lint(lint::Args),
@@ -63,6 +65,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
     match command {
         Command::Setup(args) => setup::run(&args)?,
         Command::Build(args) => build::run(&args)?,
+        Command::Bench(args) => bench::run(&args)?,
         Command::Demo(args) => demo::run(&args)?,
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,

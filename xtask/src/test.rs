@@ -181,7 +181,9 @@ fn suites() -> Result<Vec<Suite>> {
             &[
                 "--workspace",
                 "--exclude",
-                build::BPF_PACKAGE,
+                build::BPF_PACKAGES[0],
+                "--exclude",
+                build::BPF_PACKAGES[1],
                 "--exclude",
                 ROOT_PACKAGE,
             ],

@@ -16,6 +16,7 @@ pub mod network;
 pub mod race;
 pub mod random;
 pub mod reference;
+pub mod replay;
 pub mod rig;
 pub mod tables;
 

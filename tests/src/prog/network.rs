@@ -75,8 +75,16 @@ pub const MANY_CLIENTS: IpAddr = v4(198, 18, 0, 0);
 /// 65,536 addresses of pods on other nodes.
 pub const MANY_BACKENDS: IpAddr = v4(198, 19, 0, 0);
 
+/// 4 million addresses of clients that XDP reaches.
+pub const XDP_CLIENTS: [IpAddr; 2] = [v4(100, 64, 0, 0), host6(0x100, 0)];
+/// 65,536 addresses of pods on other nodes, which XDP reaches.
+pub const XDP_BACKENDS: [IpAddr; 2] = [MANY_BACKENDS, host6(0x200, 0)];
+
 /// Where packets to other hosts go: the longest prefix counts.
-const ROUTES: [(IpAddr, u8, Out); 14] = [
+const ROUTES: [(IpAddr, u8, Out); 17] = [
+    (XDP_CLIENTS[0], 10, XDP_UPLINK),
+    (XDP_CLIENTS[1], 64, XDP_UPLINK),
+    (XDP_BACKENDS[1], 64, XDP_UPLINK),
     (MANY_CLIENTS, 16, UPLINK),
     (MANY_BACKENDS, 16, XDP_UPLINK),
     (v4(172, 16, 1, 10), 32, XDP_UPLINK),

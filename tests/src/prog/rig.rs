@@ -7,7 +7,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
-use aya::programs::{ProgramError, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
+use aya::programs::{ProgramError, ProgramFd, SchedClassifier, TestRun as _, TestRunOptions, Xdp};
 use aya::{Ebpf, EbpfLoader, VerifierLogLevel};
 use svc_lb::compile::desired::DesiredPort;
 use svc_lb::dataplane::clock::jiffies_per_second;
@@ -286,6 +286,14 @@ impl Rig {
         });
         out.truncate(usize::try_from(result.data_size_out).expect("a length"));
         (verdict(hook, result.return_value), out)
+    }
+
+    /// A hook's program, for who runs it by another way.
+    #[must_use]
+    pub fn program_fd(&self, hook: Hook) -> ProgramFd {
+        let program = self.ebpf.program(hook.name()).expect("it is there");
+        let fd = program.fd().expect("it is loaded");
+        fd.try_clone().expect("a descriptor is cloned")
     }
 
     /// All counters that are not 0.
@@ -640,7 +648,7 @@ fn options<'a>(frame: &'a [u8], out: &'a mut [u8], context: &'a [u8]) -> TestRun
 }
 
 /// `struct xdp_md` of a frame that came in at an interface.
-fn xdp_context(interface: u32, length: usize) -> Vec<u8> {
+pub(super) fn xdp_context(interface: u32, length: usize) -> Vec<u8> {
     // data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex
     let length = u32::try_from(length).expect("a frame's length");
     [0, length, 0, interface, 0, 0]
@@ -650,7 +658,7 @@ fn xdp_context(interface: u32, length: usize) -> Vec<u8> {
 }
 
 /// `struct __sk_buff` of an skb at an interface; the fields in front of it must be 0.
-fn skb_context(interface: u32) -> Vec<u8> {
+pub(super) fn skb_context(interface: u32) -> Vec<u8> {
     const BEFORE_IFINDEX: usize = 10;
     let mut context = vec![0; BEFORE_IFINDEX * 4];
     context.extend(interface.to_ne_bytes());

@@ -1,0 +1,59 @@
+//! What a case took, round by round.
+
+use serde::{Deserialize, Serialize};
+
+/// A case and what its rounds took.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Figure {
+    /// What was measured.
+    pub(crate) case: String,
+    /// In what.
+    pub(crate) unit: String,
+    /// The least round.
+    pub(crate) least: f64,
+    /// The median of the quiet rounds; see [`QUIET`].
+    pub(crate) median: f64,
+    /// The most.
+    pub(crate) most: f64,
+    /// Rounds that were quiet.
+    pub(crate) quiet: usize,
+    /// All rounds.
+    pub(crate) rounds: usize,
+}
+
+/// One round: the program with the replay, and the replay alone, in nanoseconds a packet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Round {
+    pub(crate) tested: f64,
+    pub(crate) empty: f64,
+}
+
+/// How much more than in the best round the replay alone may cost in a quiet one. A busy neighbour on the same core
+/// makes everything cost about twice.
+const QUIET: f64 = 1.25;
+
+impl Figure {
+    /// The figure of these rounds, the replay's cost taken off.
+    pub(crate) fn new(case: String, rounds: &[Round]) -> Self {
+        let best = rounds
+            .iter()
+            .map(|round| round.empty)
+            .fold(f64::MAX, f64::min);
+        let quiet = rounds.iter().filter(|round| round.empty <= best * QUIET);
+        let net = |round: &Round| round.tested - round.empty;
+        let mut all: Vec<f64> = rounds.iter().map(net).collect();
+        let mut quiet: Vec<f64> = quiet.map(net).collect();
+        all.sort_by(f64::total_cmp);
+        quiet.sort_by(f64::total_cmp);
+        let at = |values: &[f64], index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        Self {
+            case,
+            unit: "ns/packet".to_owned(),
+            least: at(&all, 0),
+            median: at(&quiet, quiet.len() / 2),
+            most: at(&all, all.len().saturating_sub(1)),
+            quiet: quiet.len(),
+            rounds: rounds.len(),
+        }
+    }
+}

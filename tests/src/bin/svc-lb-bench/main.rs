@@ -1,0 +1,67 @@
+//! The figures we quote, measured on this machine: `cargo xtask bench`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Parser as _;
+
+mod figures;
+mod packets;
+mod report;
+
+/// Measures svc-lb on this machine. Needs root.
+#[derive(Debug, clap::Parser)]
+#[command(
+    after_help = "Examples:\n  svc-lb-bench                          everything\n  svc-lb-bench --packets                nanoseconds a packet, the programs alone\n  svc-lb-bench --packets --json new.json --baseline old.json\n                                        and the ratio of each figure to an earlier run's\n\nOther work on the machine shows in the spread: compare ratios of one run, not figures of two."
+)]
+struct Args {
+    /// The programs alone: nanoseconds a packet by BPF_PROG_TEST_RUN.
+    #[arg(long)]
+    packets: bool,
+    /// Only cases whose name contains this.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
+    /// Rounds of each case.
+    #[arg(long, default_value_t = 101)]
+    rounds: usize,
+    /// Write all figures to a file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Compare with the figures that an earlier run wrote.
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match bench(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(args: &Args) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        bail!("benchmarks make network namespaces and load BPF programs: run them as root");
+    }
+    if args.rounds == 0 {
+        bail!("--rounds 0: at least one round makes a figure");
+    }
+    let baseline = args
+        .baseline
+        .as_deref()
+        .map(|path| report::read(path).with_context(|| format!("--baseline {}", path.display())))
+        .transpose()?;
+    let figures = packets::run(&packets::Options {
+        only: args.only.clone(),
+        rounds: args.rounds,
+    });
+    report::table(&figures, baseline.as_deref())?;
+    if let Some(path) = &args.json {
+        report::write(path, &figures).with_context(|| format!("--json {}", path.display()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! `cargo xtask bench`: the figures we quote, measured here.
+
+use std::os::unix::process::CommandExt as _;
+use std::path::absolute;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use nix::unistd::geteuid;
+
+use crate::setup::{self, Need};
+use crate::{build, proc};
+
+const BENCH: &str = "svc-lb-bench";
+
+/// Build everything and measure: needs root.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  cargo xtask bench            everything\n  cargo xtask bench --packets  the programs alone, nanoseconds a packet\n  cargo xtask bench -- --help  every part and option"
+)]
+pub(crate) struct Args {
+    /// Parts and options of the benchmark itself.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+/// Runs the command. On success this process has become the benchmark.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    if !geteuid().is_root() {
+        bail!("benchmarks make network namespaces and load BPF programs: run them as root");
+    }
+    setup::ensure(&[Need::Build, Need::Lab])?;
+    build::bpf_object()?;
+    build::replay_object()?;
+    // The programs alone need no agent, and an optimised one takes minutes to build.
+    let alone = |part: &str| args.args.iter().any(|arg| arg == part);
+    let agent = build::agent(!alone("--packets") || alone("--agent") || alone("--lab"))?;
+    // The profile of the tests: what is measured is the kernel's, or the agent's.
+    proc::run(proc::cargo().args(["build", "--package", "svc-lb-tests", "--bin", BENCH]))?;
+    let bench = absolute(proc::target_dir().join("debug").join(BENCH)).context("its path")?;
+    let error = Command::new(&bench)
+        .args(&args.args)
+        .env("SVC_LB_BIN", agent)
+        .exec();
+    Err(error).with_context(|| format!("start {}", bench.display()))
+}
