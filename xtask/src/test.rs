@@ -218,7 +218,7 @@ fn suites() -> Result<Vec<Suite>> {
 fn level_of(stem: &str) -> Level {
     match stem {
         "prog" | "reference" | "seeded_bugs" | "verifier" => Level::Prog,
-        "cases" | "reconcile" => Level::Reconcile,
+        "cases" | "reconcile" | "sources" => Level::Reconcile,
         _ => Level::Netns,
     }
 }

@@ -72,8 +72,8 @@ pub struct Settings {
     pub sources: Vec<source::Spec>,
     /// Name that endpoints use for this node.
     pub node_name: String,
-    /// The control plane of sources that have none.
-    pub standalone: standalone::Config,
+    /// The control plane of sources that have none, if there are such sources.
+    pub standalone: Option<standalone::Config>,
     /// How Services become tables.
     pub compile: CompileOptions,
     /// Where NodePorts are served.
@@ -147,15 +147,15 @@ pub async fn run(settings: Settings) -> Result<(), AppError> {
     let mut sources = Vec::new();
     for (id, spec) in (0..).map(SourceId).zip(&settings.sources) {
         let cancel = tasks.cancel.clone();
-        sources.push(source::spawn(
-            id,
-            spec.clone(),
-            batch_sender.clone(),
-            cancel,
-        )?);
+        let source = source::spawn(id, spec.clone(), batch_sender.clone(), cancel);
+        sources.push(source.await?);
     }
     drop(batch_sender);
-    let standalone = Standalone::open(&settings.standalone)?;
+    let standalone = settings
+        .standalone
+        .as_ref()
+        .map(Standalone::open)
+        .transpose()?;
     let admin = Admin::open(&settings.admin_socket).await?;
 
     let ports = settings.config.snat_first..=settings.config.snat_last;

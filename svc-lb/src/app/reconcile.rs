@@ -34,15 +34,15 @@ pub struct Settings {
     pub options: CompileOptions,
     /// Where NodePorts are served.
     pub node_ports: Vec<NodePorts>,
-    /// The control plane of sources that have none.
-    pub standalone: Standalone,
+    /// The control plane of sources that have none; not where a cluster is watched.
+    pub standalone: Option<Standalone>,
 }
 
 /// Owns the cluster's state and what is programmed of it.
 #[derive(Debug)]
 pub struct Reconciler<D> {
     intake: Intake,
-    standalone: Standalone,
+    standalone: Option<Standalone>,
     model: Model,
     options: CompileOptions,
     node_ports: Vec<NodePorts>,
@@ -126,7 +126,11 @@ impl<D: Dataplane> Reconciler<D> {
             return;
         }
         let known_by = self.model.node_object_addresses().clone();
-        let affected = self.model.apply(self.standalone.apply(edits));
+        let edits = match &mut self.standalone {
+            Some(standalone) => standalone.apply(edits),
+            None => edits,
+        };
+        let affected = self.model.apply(edits);
         if *self.model.node_object_addresses() != known_by {
             self.serve_node_ports();
         }
@@ -335,7 +339,8 @@ impl<D: Dataplane> Reconciler<D> {
             refusals: self.refusals.iter().map(ToString::to_string).collect(),
             control_plane: self
                 .standalone
-                .problems()
+                .iter()
+                .flat_map(Standalone::problems)
                 .map(ToString::to_string)
                 .collect(),
             pending: self.planner.is_pending(),
@@ -458,7 +463,7 @@ mod tests {
             node_name: "here".to_owned(),
             options: CompileOptions::default(),
             node_ports: vec![NodePorts::All],
-            standalone: Standalone::open(&standalone::Config::default()).unwrap(),
+            standalone: Some(Standalone::open(&standalone::Config::default()).unwrap()),
         };
         Reconciler::new(settings, dataplane).unwrap()
     }

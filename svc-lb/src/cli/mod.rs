@@ -3,6 +3,7 @@
 mod args;
 mod check;
 mod client;
+mod cluster;
 mod completions;
 mod detach;
 mod dump;

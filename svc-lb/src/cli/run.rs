@@ -13,6 +13,7 @@ use svc_lb_common::hash::text_hash;
 
 use super::Global;
 use super::args::EdgeArgs;
+use super::cluster::ClusterArgs;
 use crate::app::{self, Settings};
 use crate::compile::{CompileOptions, MaglevOptions};
 use crate::dataplane::Timeouts;
@@ -29,6 +30,9 @@ use crate::standalone;
 /// A change that may take longer needs no bound at all.
 const LONGEST_PERIOD: Duration = Duration::from_hours(24);
 
+const NO_SOURCE: &str = "nothing says what to balance: give --kubeconfig, --manifests or --stream; in \
+                         a pod of a cluster, its service account is used";
+
 /// Run the agent of this node: keep the maps equal to what the sources say.
 ///
 /// Adopts what an earlier agent left pinned, replaces its programs in place, and leaves everything
@@ -42,10 +46,10 @@ Exit codes:
 
 Examples:
   svc-lb run --manifests examples/ --service-cidr 10.96.0.0/16
+  svc-lb run --kubeconfig /etc/svc-lb/kubeconfig --api-server https://192.0.2.1:6443,https://192.0.2.2:6443
   kubectl get --raw '/apis/discovery.k8s.io/v1/endpointslices?watch=1&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true' | svc-lb run --stream - --manifests services/
   svc-lb run --stream unix:/run/svc-lb/endpoints.sock --stream-initial-quiet 500ms
   svc-lb run --manifests objects.yaml --uplink 'ens*' --pod-interface 'cali*' --log debug")]
-#[command(group(clap::ArgGroup::new("sources").required(true).multiple(true)))]
 pub(super) struct Args {
     /// Kubernetes objects in YAML or JSON: a file or a directory, watched; may be repeated
     #[arg(
@@ -53,8 +57,7 @@ pub(super) struct Args {
         value_name = "PATH",
         env = "SVC_LB_MANIFESTS",
         value_delimiter = ',',
-        action = ArgAction::Append,
-        group = "sources"
+        action = ArgAction::Append
     )]
     manifests: Vec<PathBuf>,
     /// Kubernetes watch events as concatenated JSON values: - for standard input, a file or fifo,
@@ -64,15 +67,16 @@ pub(super) struct Args {
         value_name = "TARGET",
         env = "SVC_LB_STREAM",
         value_delimiter = ',',
-        action = ArgAction::Append,
-        group = "sources"
+        action = ArgAction::Append
     )]
     stream: Vec<Target>,
     /// How long a stream without the bookmark that ends its first list may be silent until the
     /// list counts as complete [default: for ever]
     #[arg(long, value_name = "DURATION", env = "SVC_LB_STREAM_INITIAL_QUIET")]
     stream_initial_quiet: Option<humantime::Duration>,
-    /// Name that endpoints and hints use for this node [default: the host name]
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// Name that endpoints and hints use for this node [default: $NODE_NAME, else the host name]
     #[arg(long, value_name = "NAME", env = "SVC_LB_NODE_NAME")]
     node_name: Option<String>,
     /// Handle the Services whose label service.kubernetes.io/service-proxy-name is NAME; those
@@ -461,6 +465,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         manifests,
         stream,
         stream_initial_quiet,
+        cluster,
         node_name,
         service_proxy_name,
         nodeport_addresses,
@@ -498,18 +503,14 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
                 datapath_log,
             },
     } = args;
-    let node_name = match node_name {
-        Some(name) => name,
-        None => nix::unistd::gethostname()
-            .context("read the host name; or say --node-name")?
-            .to_string_lossy()
-            .into_owned(),
-    };
-    let mut sources: Vec<Spec> = manifests.into_iter().map(Spec::Manifests).collect();
-    sources.extend(stream.into_iter().map(|target| Spec::Stream {
-        target,
-        initial_quiet: stream_initial_quiet.map(Into::into),
-    }));
+    let node_name = node_name.map_or_else(default_node_name, Ok)?;
+    let mut sources = standalone_sources(manifests, stream, stream_initial_quiet);
+    let others = !sources.is_empty();
+    let cluster = cluster.settings(others, &node_name, service_proxy_name.as_deref());
+    sources.extend(cluster.map(Spec::Kubernetes));
+    if sources.is_empty() {
+        bail!(NO_SOURCE);
+    }
     let mut config = with_service_cidrs(Config::DEFAULT, &service_cidr)?;
     config.maglev_seed = text_hash(&maglev_seed);
     config.bits = refusals.apply(config.bits);
@@ -529,12 +530,12 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
     Ok(Settings {
         sources,
         node_name,
-        standalone: standalone::Config {
+        standalone: others.then_some(standalone::Config {
             service_cidrs: service_cidr,
             node_ports: node_port_range,
             lb_pools: lb_pool,
             state_dir: Some(state_dir),
-        },
+        }),
         compile: CompileOptions {
             proxy_name: service_proxy_name,
             ignore_external_ips: external_ips == ExternalIps::Off,
@@ -555,6 +556,28 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         sync_period,
         admin_socket: global.admin_socket.clone(),
     })
+}
+
+fn standalone_sources(
+    manifests: Vec<PathBuf>,
+    stream: Vec<Target>,
+    initial_quiet: Option<humantime::Duration>,
+) -> Vec<Spec> {
+    let stream = stream.into_iter().map(|target| Spec::Stream {
+        target,
+        initial_quiet: initial_quiet.map(Into::into),
+    });
+    let manifests = manifests.into_iter().map(Spec::Manifests);
+    manifests.chain(stream).collect()
+}
+
+fn default_node_name() -> Result<String> {
+    if let Ok(name) = std::env::var("NODE_NAME") {
+        return Ok(name);
+    }
+    let name = nix::unistd::gethostname().context("read the host name; or say --node-name")?;
+    // As the kubelet registers it.
+    Ok(name.to_string_lossy().to_lowercase())
 }
 
 /// The programs know one service range of each family.
@@ -677,6 +700,31 @@ mod tests {
         assert_eq!(seeded.compile.maglev.slots, 4_093);
         assert_eq!(seeded.compile.maglev.seed, seeded.config.maglev_seed);
         assert_ne!(seeded.config.maglev_seed, plain.config.maglev_seed);
+    }
+
+    /// A cluster is watched where one is named, and nothing else then.
+    #[test]
+    fn clusters_are_watched() {
+        let settings = parse(
+            "svc-lb run --kubeconfig k --api-server https://192.0.2.1:6443,https://[2001:db8::1]:6443 --node-name n \
+             --service-proxy-name p --api-list stream",
+        )
+        .unwrap();
+        let [Spec::Kubernetes(cluster)] = &*settings.sources else {
+            panic!("{:?}", settings.sources);
+        };
+        assert_eq!(cluster.access.servers.len(), 2);
+        assert_eq!(cluster.node_name, "n");
+        assert_eq!(cluster.proxy_name.as_deref(), Some("p"));
+        assert!(cluster.streaming_lists);
+        assert!(settings.standalone.is_none());
+        for line in [
+            "svc-lb run --source kubernetes --stream -",
+            "svc-lb run --kubeconfig k --manifests a",
+            "svc-lb run --kubeconfig k --api-server 192.0.2.1",
+        ] {
+            parse(line).unwrap_err();
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What sources report and what remains of it once ownership is settled.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::SystemTime};
 
 use serde::Serialize;
 
@@ -101,6 +101,8 @@ pub enum Change {
     Upsert(Object),
     /// The object is gone.
     Delete(ObjectKey),
+    /// When what the change before says became so in the cluster (SEMANTICS H3).
+    Triggered(SystemTime),
 }
 
 /// One effective change of the cluster's state, whichever source it came from.

@@ -84,7 +84,8 @@ impl Intake {
         match (change, listing) {
             (Change::Resync, listing) => *listing = Listing::Partial(BTreeMap::new()),
             (Change::InitialListComplete, Listing::Waiting(_) | Listing::Live)
-            | (Change::Unreadable(_), Listing::Live) => {}
+            | (Change::Unreadable(_), Listing::Live)
+            | (Change::Triggered(_), _) => {}
             (Change::InitialListComplete, Listing::Partial(held)) => {
                 let objects = std::mem::take(held);
                 self.complete(source, objects, edits);

@@ -1,6 +1,8 @@
 //! Where the cluster's state comes from: each source is a task that sends batches of changes.
 
 pub mod convert;
+mod json;
+pub mod kubernetes;
 mod located;
 pub mod manifests;
 pub mod stream;
@@ -14,12 +16,14 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{manifests::Manifests, stream::Stream};
+use self::{kubernetes::Kubernetes, manifests::Manifests, stream::Stream};
 use crate::model::{Batch, SourceId};
 
 /// One source, as the command line asks for it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Spec {
+    /// `--source kubernetes`.
+    Kubernetes(kubernetes::Settings),
     /// `--manifests PATH`.
     Manifests(PathBuf),
     /// `--stream TARGET`.
@@ -34,6 +38,7 @@ pub enum Spec {
 impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Kubernetes(_) => f.write_str("--source kubernetes"),
             Self::Manifests(path) => write!(f, "--manifests {}", path.display()),
             Self::Stream { target, .. } => write!(f, "--stream {target}"),
         }
@@ -43,6 +48,9 @@ impl fmt::Display for Spec {
 /// Why a source cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// `--source kubernetes`.
+    #[error(transparent)]
+    Kubernetes(#[from] kubernetes::AccessError),
     /// `--manifests`.
     #[error(transparent)]
     Manifests(#[from] manifests::Error),
@@ -69,7 +77,7 @@ pub struct Running {
 ///
 /// # Errors
 /// When it cannot be opened now. What happens to it later is in its health.
-pub fn spawn(
+pub async fn spawn(
     id: SourceId,
     spec: Spec,
     batches: mpsc::Sender<Batch>,
@@ -78,6 +86,10 @@ pub fn spawn(
     let name = spec.to_string();
     let (report, health) = watch::channel(Health::default());
     let task = match spec {
+        Spec::Kubernetes(settings) => {
+            let kubernetes = Kubernetes::open(id, settings).await?;
+            tokio::spawn(kubernetes.run(batches, report, cancel))
+        }
         Spec::Manifests(path) => {
             tokio::spawn(Manifests::open(id, path)?.run(batches, report, cancel))
         }

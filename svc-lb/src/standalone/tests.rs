@@ -994,7 +994,7 @@ async fn the_examples_end_to_end() {
     let id = SourceId(0);
     let (sender, mut batches) = mpsc::channel(4);
     let cancel = CancellationToken::new();
-    let running = source::spawn(id, source::Spec::Manifests(path), sender, cancel.clone());
+    let running = source::spawn(id, source::Spec::Manifests(path), sender, cancel.clone()).await;
     let running = running.expect("there");
     let mut intake = Intake::new([id]);
     let edits = intake.apply(batches.recv().await.expect("a list"));

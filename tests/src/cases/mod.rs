@@ -12,6 +12,7 @@ mod file;
 mod text;
 mod world;
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,8 +20,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail, ensure};
 use libtest_mimic::{Arguments, Conclusion, Trial};
 use similar::TextDiff;
+use svc_lb::app::reconcile::Reconciler;
 use svc_lb::dataplane::memory::Memory;
 use svc_lb::dataplane::{Dataplane, Snapshot};
+use svc_lb::plan::view::Tables;
 
 use self::file::{Case, Step};
 use self::world::World;
@@ -134,6 +137,19 @@ fn in_the_kernel(case: &Case) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// What a reconciler has programmed, for people and for comparison: numbers that it gave out are left out.
+///
+/// # Errors
+/// When the maps cannot be read.
+pub fn programmed<D: Dataplane>(reconciler: &Reconciler<D>) -> Result<String> {
+    let tables = Tables::new(&reconciler.dataplane().snapshot()?, &reconciler.names());
+    Ok(text::tables(
+        &tables,
+        &reconciler.services(),
+        &BTreeMap::new(),
+    ))
 }
 
 /// Elements that are all zero cannot be told from those never written, in the kernel.

@@ -69,7 +69,7 @@ impl<'a, D: Dataplane> World<'a, D> {
             node_ports: node_ports
                 .map(|part| part.parse())
                 .collect::<Result<_, _>>()?,
-            standalone: Standalone::open(&standalone::Config::default())?,
+            standalone: Some(Standalone::open(&standalone::Config::default())?),
         };
         self.health.clear();
         let reconciler = self

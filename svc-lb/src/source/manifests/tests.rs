@@ -40,6 +40,7 @@ fn said(changes: &[Change]) -> Vec<String> {
             Change::Resync => "resync".to_owned(),
             Change::Replace { kind, .. } => format!("={kind}"),
             Change::Unreadable(key) => format!("?{}", key.name),
+            Change::Triggered(_) => "triggered".to_owned(),
         })
         .collect()
 }

@@ -9,24 +9,15 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::{
-    model::{Change, Kind, Object, ObjectKey, ObjectName},
-    source::convert::{self, Author, Failure, Meaning},
+    model::{Change, Kind, Object, ObjectKey},
+    source::{
+        convert::{self, Meaning},
+        json::{Header, Unusable, convert, key, parse, unusable},
+    },
 };
 
 /// `ERROR` with this code: the watch is too old, a list follows.
 const GONE: i64 = 410;
-
-/// A value that says nothing that can be used.
-#[derive(Debug, Eq, PartialEq)]
-pub(super) struct Unusable {
-    /// Kind and name, where they could be read.
-    pub(super) object: Option<String>,
-    /// Path of the field, where it is one.
-    pub(super) field: Option<String>,
-    pub(super) message: String,
-    /// It is well-formed and no mistake of the sender's.
-    pub(super) benign: bool,
-}
 
 /// What values come to.
 #[derive(Debug, Default)]
@@ -63,53 +54,6 @@ struct Envelope<'a> {
     api_version: Option<Cow<'a, str>>,
     #[serde(borrow)]
     items: Option<Vec<&'a RawValue>>,
-}
-
-/// What every object says of itself, and what `Status` says.
-#[derive(Deserialize)]
-struct Header<'a> {
-    #[serde(borrow)]
-    kind: Option<Cow<'a, str>>,
-    #[serde(rename = "apiVersion", borrow)]
-    api_version: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
-    metadata: Metadata<'a>,
-    code: Option<i64>,
-    #[serde(borrow)]
-    message: Option<Cow<'a, str>>,
-}
-
-#[derive(Default, Deserialize)]
-struct Metadata<'a> {
-    #[serde(borrow)]
-    name: Option<Cow<'a, str>>,
-    #[serde(borrow)]
-    namespace: Option<Cow<'a, str>>,
-    #[serde(default)]
-    annotations: Option<Annotations>,
-}
-
-#[derive(Deserialize)]
-struct Annotations {
-    /// "true" on the bookmark that ends the initial events of a watch.
-    #[serde(rename = "k8s.io/initial-events-end")]
-    initial_events_end: Option<String>,
-}
-
-impl Header<'_> {
-    fn meaning(&self) -> Meaning {
-        let text = |field: &Option<Cow<'_, str>>| field.as_deref().unwrap_or_default().to_owned();
-        convert::meaning(&text(&self.api_version), &text(&self.kind))
-    }
-
-    fn described(&self) -> String {
-        let kind = self.kind.as_deref().unwrap_or("object without kind");
-        match (&self.metadata.namespace, &self.metadata.name) {
-            (Some(namespace), Some(name)) => format!("{kind} {namespace}/{name}"),
-            (None, Some(name)) => format!("{kind} {name}"),
-            (_, None) => kind.to_owned(),
-        }
-    }
 }
 
 impl Decoder {
@@ -176,7 +120,13 @@ impl Decoder {
                 };
                 self.named(kind);
                 match convert(kind, &header, object) {
-                    Ok(object) => changes.push(Change::Upsert(object)),
+                    Ok(object) => {
+                        changes.push(Change::Upsert(object));
+                        // What was there before this agent is no change that it was slow with.
+                        if self.listed() {
+                            changes.extend(header.triggered().map(Change::Triggered));
+                        }
+                    }
                     Err(unusable) => {
                         changes.extend(key(kind, &header).map(Change::Unreadable));
                         return Err(unusable);
@@ -334,63 +284,4 @@ impl Decoder {
             self.complete(changes);
         }
     }
-}
-
-fn parse<'a, T: Deserialize<'a>>(text: &'a [u8]) -> Result<T, Unusable> {
-    serde_json::from_slice(text).map_err(|error| unusable(error.to_string()))
-}
-
-fn unusable(message: String) -> Unusable {
-    Unusable {
-        object: None,
-        field: None,
-        message,
-        benign: false,
-    }
-}
-
-fn convert(kind: Kind, header: &Header<'_>, object: &RawValue) -> Result<Object, Unusable> {
-    let mut json = serde_json::Deserializer::from_str(object.get());
-    let mut track = serde_path_to_error::Track::new();
-    let tracked = serde_path_to_error::Deserializer::new(&mut json, &mut track);
-    let failure = match convert::object(kind, Author::ApiServer, tracked) {
-        Ok(object) => return Ok(object),
-        Err(failure) => failure,
-    };
-    let (field, message) = match failure {
-        Failure::Shape(error) => (track.path().to_string(), error.to_string()),
-        Failure::Field(invalid) => (invalid.field, invalid.problem),
-    };
-    Err(Unusable {
-        object: Some(header.described()),
-        field: Some(field),
-        message,
-        benign: false,
-    })
-}
-
-/// What a deleted object was called; the rest of it does not matter.
-fn key(kind: Kind, header: &Header<'_>) -> Result<ObjectKey, Unusable> {
-    let Some(name) = header
-        .metadata
-        .name
-        .as_deref()
-        .filter(|name| !name.is_empty())
-    else {
-        return Err(Unusable {
-            object: Some(header.described()),
-            field: Some("metadata.name".to_owned()),
-            ..unusable("required".to_owned())
-        });
-    };
-    let namespace = match kind {
-        Kind::Node => "",
-        Kind::Service | Kind::EndpointSlice | Kind::Endpoints | Kind::Pod => {
-            header.metadata.namespace.as_deref().unwrap_or("default")
-        }
-    };
-    Ok(ObjectKey {
-        kind,
-        name: ObjectName::new(namespace, name),
-    })
 }

@@ -25,11 +25,11 @@ use tracing::{debug, info, warn};
 
 pub use self::input::Target;
 use self::{
-    decode::{Decoder, Output, Unusable},
+    decode::{Decoder, Output},
     input::{Input, Inputs},
     split::{MAX_VALUE, Piece, Splitter},
 };
-use super::{Health, Problem, Severity};
+use super::{Health, Problem, Severity, json::Unusable};
 use crate::model::{Batch, SourceId};
 
 /// How many of the latest problems are shown.

@@ -77,6 +77,7 @@ fn said(changes: &[Change]) -> Vec<String> {
         Change::Unreadable(key) => format!("?{}", key.name.name),
         Change::InitialListComplete => "complete".to_owned(),
         Change::Resync => "resync".to_owned(),
+        Change::Triggered(time) => format!("at {}", jiff::Timestamp::try_from(*time).unwrap()),
     };
     changes.iter().map(one).collect()
 }
