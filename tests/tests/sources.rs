@@ -1,7 +1,11 @@
 //! Whatever goes wrong between a cluster and the agent: once it is over, the maps are what the cluster's state compiles
 //! to. The same for all three sources: the API server's lists and watches, streams of its watch events, and manifests.
 //! The run against the kernel's maps needs root.
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on panics"
+)]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -223,10 +227,8 @@ fn wanted(server: &ApiServer) -> Result<String> {
 /// What is programmed. Why other Services are not is left out: of some, the API server is not even asked.
 fn tables<D: Dataplane>(reconciler: &Reconciler<D>) -> Result<String> {
     let text = cases::programmed(reconciler)?;
-    let lines = text
-        .lines()
-        .filter(|line| !line.contains(" not programmed: "));
-    Ok(lines.map(|line| format!("{line}\n")).collect())
+    let is_table = |line: &&str| !line.contains(" not programmed: ");
+    Ok(text.split_inclusive('\n').filter(is_table).collect())
 }
 
 /// Sources at work, and a reconciler that hears them.
@@ -508,7 +510,7 @@ fn so_they_are_by_way_of_manifests() {
     let mut agent = Agent::start(Memory::new(rig::map_sizes()), specs).unwrap();
     let files = directory.path().to_owned();
     chaos(&mut agent, &mut server, &mut random, 4, |server| {
-        export(server, &files)
+        export(server, &files);
     })
     .unwrap();
 }
