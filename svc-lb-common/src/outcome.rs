@@ -117,6 +117,9 @@ outcomes! {
     TooBig = 30, "too_big", Pass;
     /// Its TTL or hop limit ended where we forward: an ICMP error went back in its place.
     TimeExceeded = 31, "time_exceeded", Pass;
+    /// Would leave with this node's address, by an interface that has none or is no edge of
+    /// svc-lb's, where its answers would not be turned back.
+    NoSource = 32, "no_source", Drop;
 }
 
 /// Number of outcomes.

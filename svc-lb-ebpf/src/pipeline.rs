@@ -207,7 +207,7 @@ fn decide<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, ended: bool) 
         }
     }
     met.flow.source = if translated {
-        forward::source::<F>(met).ok_or(Outcome::NoRoute)?
+        forward::source::<F>(met).ok_or(Outcome::NoSource)?
     } else if hairpin {
         met.key.destination
     } else {

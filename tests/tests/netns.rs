@@ -20,6 +20,8 @@ mod flows;
 mod harness;
 #[path = "netns/health.rs"]
 mod health;
+#[path = "netns/overlay.rs"]
+mod overlay;
 #[path = "netns/reach.rs"]
 mod reach;
 #[path = "netns/refusal.rs"]
@@ -34,3 +36,5 @@ mod servers;
 mod sockets;
 #[path = "netns/stack.rs"]
 mod stack;
+#[path = "netns/uplinks.rs"]
+mod uplinks;

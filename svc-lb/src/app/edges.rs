@@ -65,9 +65,11 @@ pub(super) async fn run(
         refused.clone_from(&choice.refused);
         attacher.apply(&choice, verify).await;
         let runs_xdp = attacher.runs_xdp();
-        let linked = links.apply(&links::wanted(&current, |ifindex| {
-            runs_xdp.contains(&ifindex)
-        }));
+        let linked = links.apply(&links::wanted(
+            &current,
+            |ifindex| choice.turns_answers(ifindex),
+            |ifindex| runs_xdp.contains(&ifindex),
+        ));
         if let Err(error) = &linked {
             warn!(
                 error = error as &dyn std::error::Error,

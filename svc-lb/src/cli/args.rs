@@ -11,7 +11,8 @@ use crate::dataplane::edges::{EdgeSettings, XdpMode};
 pub(super) struct EdgeArgs {
     /// Names of interfaces towards the network, as a glob pattern; may be repeated
     ///
-    /// [default: the interfaces of the default routes; on a node without one, eth* and en*]
+    /// [default: VXLAN and Geneve tunnels, and the interfaces of the default routes; on a node without
+    /// one, eth* and en*]
     #[arg(long, value_name = "PATTERN", env = "SVC_LB_UPLINK", value_delimiter = ',', action = ArgAction::Append)]
     uplink: Vec<Pattern>,
     /// Names of interfaces towards pods, as a glob pattern; may be repeated

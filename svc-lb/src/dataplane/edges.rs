@@ -10,6 +10,12 @@ use crate::node::{Link, LinkLayer, Node};
 
 /// Virtual interfaces whose other end is usually a pod.
 const POD_KINDS: [&str; 2] = ["veth", "netkit"];
+/// Tunnels that carry pods' packets from node to node: what a remote backend answers comes in by them.
+const TUNNEL_KINDS: [&str; 2] = ["vxlan", "geneve"];
+/// Kinds without a driver that runs XDP.
+const KINDS_WITHOUT_XDP: [&str; 7] = [
+    "bridge", "dummy", "geneve", "ipvlan", "macvlan", "vlan", "vxlan",
+];
 /// Names that hardware gets; only looked at where the node has no default route.
 const HARDWARE_NAMES: [&str; 2] = ["eth", "en"];
 
@@ -31,8 +37,8 @@ pub enum XdpMode {
 /// Which interfaces are edges.
 #[derive(Clone, Debug, Default)]
 pub struct EdgeSettings {
-    /// Names of uplinks. Empty: the interfaces of the default routes; where there is none, eth*
-    /// and en*.
+    /// Names of uplinks. Empty: VXLAN and Geneve tunnels, and the interfaces of the default routes;
+    /// where there is none, eth* and en*.
     pub uplinks: Vec<Pattern>,
     /// Names of pod interfaces. Empty: veth and netkit devices that are not uplinks.
     pub pods: Vec<Pattern>,
@@ -90,6 +96,16 @@ pub struct Choice {
     pub refused: Vec<Refused>,
 }
 
+impl Choice {
+    /// Whether what comes back to this node by an interface passes our programs: it is an edge, or
+    /// a bridge with one as its port.
+    #[must_use]
+    pub fn turns_answers(&self, ifindex: u32) -> bool {
+        let is_port = |edge: &Wanted| edge.bridge == Some(ifindex);
+        self.edges.contains_key(&ifindex) || self.edges.values().any(is_port)
+    }
+}
+
 /// Chooses the edges. The loopback interface never is one.
 #[must_use]
 pub fn choose(node: &Node, settings: &EdgeSettings) -> Choice {
@@ -137,6 +153,9 @@ fn is_uplink(node: &Node, link: &Link, settings: &EdgeSettings) -> bool {
     if matches(&settings.pods, &link.name) {
         return false;
     }
+    if is_kind(link, &TUNNEL_KINDS) {
+        return true;
+    }
     if !node.default_routes.is_empty() {
         return node.default_routes.contains(&link.index);
     }
@@ -151,9 +170,13 @@ fn is_pod(link: &Link, settings: &EdgeSettings) -> bool {
     if !settings.pods.is_empty() {
         return matches(&settings.pods, &link.name);
     }
+    is_kind(link, &POD_KINDS)
+}
+
+fn is_kind(link: &Link, kinds: &[&str]) -> bool {
     link.kind
         .as_deref()
-        .is_some_and(|kind| POD_KINDS.contains(&kind))
+        .is_some_and(|kind| kinds.contains(&kind))
 }
 
 fn matches(patterns: &[Pattern], name: &str) -> bool {
@@ -168,6 +191,9 @@ fn xdp(link: &Link, role: Role, mode: XdpMode) -> XdpChoice {
             XdpMode::Off,
             "native XDP would take a veth's segmentation offload (TSO) away",
         ),
+        (Role::Uplink, XdpMode::Auto | XdpMode::Native) if is_kind(link, &KINDS_WITHOUT_XDP) => {
+            choice(XdpMode::Off, "interfaces of its kind have no native XDP")
+        }
         (Role::Uplink, XdpMode::Auto) => choice(XdpMode::Auto, "native where the driver has it"),
         (Role::Uplink, XdpMode::Native | XdpMode::Generic | XdpMode::Off) => {
             choice(mode, "asked for with --xdp")
@@ -244,6 +270,28 @@ mod tests {
     }
 
     #[test]
+    fn tunnels_between_nodes_are_uplinks() {
+        let node = node(
+            vec![
+                link(2, "ens5", None),
+                link(3, "flannel.1", Some("vxlan")),
+                link(4, "eth0.7", Some("vlan")),
+            ],
+            &[2],
+        );
+        let choice = choose(&node, &EdgeSettings::default());
+        assert_eq!(
+            roles(&choice),
+            [("ens5", Role::Uplink), ("flannel.1", Role::Uplink)]
+        );
+        let named = EdgeSettings {
+            uplinks: patterns(&["ens5"]),
+            ..EdgeSettings::default()
+        };
+        assert_eq!(roles(&choose(&node, &named)), [("ens5", Role::Uplink)]);
+    }
+
+    #[test]
     fn without_a_default_route_hardware_names_are_uplinks() {
         let mut slave = link(4, "eth1", None);
         slave.master = Some(9);
@@ -313,6 +361,10 @@ mod tests {
             mode(Some("veth"), Role::Uplink, XdpMode::Native),
             XdpMode::Native
         );
+        for kind in KINDS_WITHOUT_XDP.map(Some) {
+            assert_eq!(mode(kind, Role::Uplink, XdpMode::Native), XdpMode::Off);
+            assert_eq!(mode(kind, Role::Uplink, XdpMode::Generic), XdpMode::Generic);
+        }
         assert_eq!(mode(None, Role::Pod, XdpMode::Native), XdpMode::Off);
         assert_eq!(mode(None, Role::Uplink, XdpMode::Off), XdpMode::Off);
     }
@@ -338,5 +390,7 @@ mod tests {
             .map(|e| e.bridge)
             .collect();
         assert_eq!(bridges, [Some(9), None]);
+        let turns = |ifindex| choose(&node, &EdgeSettings::default()).turns_answers(ifindex);
+        assert_eq!([2, 3, 9, 10].map(turns), [true, true, true, false]);
     }
 }

@@ -9,7 +9,7 @@ use svc_lb_common::link::{self, Link};
 use thiserror::Error;
 
 use super::pins::Pins;
-use crate::node::{LinkLayer, Node};
+use crate::node::{LinkLayer, Node, Sources};
 
 /// Why the map is not what it should be.
 #[derive(Debug, Error)]
@@ -28,14 +28,23 @@ pub struct Links {
     written: BTreeMap<u32, Link>,
 }
 
-/// What the map should hold. `has_xdp` says on which interfaces our XDP program runs.
+/// What the map should hold. `turns_answers` says of which interfaces answers to this node meet our
+/// programs, as those to a translated source must; `has_xdp` on which our XDP program runs.
 #[must_use]
-pub fn wanted(node: &Node, has_xdp: impl Fn(u32) -> bool) -> BTreeMap<u32, Link> {
+pub fn wanted(
+    node: &Node,
+    turns_answers: impl Fn(u32) -> bool,
+    has_xdp: impl Fn(u32) -> bool,
+) -> BTreeMap<u32, Link> {
     node.links
         .values()
         .filter(|link| link.layer != LinkLayer::Loopback)
         .map(|link| {
-            let sources = node.source_on(link.index);
+            let sources = if turns_answers(link.index) {
+                node.source_on(link.index)
+            } else {
+                Sources::default()
+            };
             let link_record = Link {
                 v4: sources.v4.unwrap_or(Ipv4Addr::UNSPECIFIED).into(),
                 v6: sources.v6.unwrap_or(Ipv6Addr::UNSPECIFIED).into(),
@@ -108,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn interfaces_without_an_address_have_the_uplinks() {
+    fn edges_without_an_address_have_the_uplinks_and_others_have_none() {
         let own = |last| vec![Ipv4Addr::new(192, 0, 2, last).into()];
         let node = Node {
             links: [
@@ -122,7 +131,7 @@ mod tests {
             default_routes: [4].into(),
             ..Node::default()
         };
-        let links = wanted(&node, |index| index == 2);
+        let links = wanted(&node, |index| index != 4, |index| index == 2);
         let seen: Vec<_> = links
             .iter()
             .map(|(index, link)| (*index, link.v4, link.bits))
@@ -133,7 +142,7 @@ mod tests {
             [
                 (2, address(2), link::XDP),
                 (3, address(4), 0),
-                (4, address(4), 0)
+                (4, Addr4::from(Ipv4Addr::UNSPECIFIED), 0)
             ]
         );
     }

@@ -125,12 +125,19 @@ impl DualNet {
         format!("{}/{}", self.base.of(family), self.len(family))
     }
 
+    /// Whether an address of either family is inside.
+    #[must_use]
+    pub const fn contains(self, ip: IpAddr) -> bool {
+        match ip {
+            IpAddr::V4(ip) => (ip.to_bits() ^ self.base.v4.to_bits()) >> (32 - self.v4_len) == 0,
+            IpAddr::V6(ip) => (ip.to_bits() ^ self.base.v6.to_bits()) >> (128 - self.v6_len) == 0,
+        }
+    }
+
     /// Whether both addresses are inside.
     #[must_use]
     pub const fn holds(self, addr: Dual) -> bool {
-        let v4 = addr.v4.to_bits() ^ self.base.v4.to_bits();
-        let v6 = addr.v6.to_bits() ^ self.base.v6.to_bits();
-        v4 >> (32 - self.v4_len) == 0 && v6 >> (128 - self.v6_len) == 0
+        self.contains(IpAddr::V4(addr.v4)) && self.contains(IpAddr::V6(addr.v6))
     }
 }
 

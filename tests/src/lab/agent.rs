@@ -14,13 +14,40 @@ use nix::sys::signal::Signal;
 use super::addresses::{Family, LB_POOL, SERVICES};
 use super::netns::Namespace;
 use super::process::{Process, collected};
-use super::topology::{Lab, NodeName, POD_INTERFACES, UPLINK};
+use super::receiver::Receiver;
+use super::topology::{Lab, NodeName, POD_INTERFACES};
 
 /// Environment variable that names the agent binary.
 pub const BINARY: &str = "SVC_LB_BIN";
 
 /// Limit for anything the agent is asked to do.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How node-a's uplinks take packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// At tc alone.
+    Tc,
+    /// At XDP after the driver, then at tc.
+    Generic,
+    /// At XDP in the driver, then at tc.
+    Native,
+}
+
+impl Mode {
+    /// Each of them.
+    pub const ALL: [Self; 3] = [Self::Tc, Self::Generic, Self::Native];
+
+    /// The value of `--xdp`.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tc => "off",
+            Self::Generic => "generic",
+            Self::Native => "native",
+        }
+    }
+}
 
 /// How to run the agent.
 #[derive(Debug, Clone)]
@@ -60,6 +87,7 @@ impl AgentConfig {
 #[derive(Debug)]
 pub struct AgentProcess {
     node: Arc<Namespace>,
+    uplinks: Vec<String>,
     config: AgentConfig,
     binary: PathBuf,
     pin_dir: PathBuf,
@@ -67,13 +95,18 @@ pub struct AgentProcess {
     state_dir: PathBuf,
     log: PathBuf,
     process: Option<Process>,
+    /// What takes frames that native XDP sends.
+    _receiver: Option<Receiver>,
 }
 
 impl AgentProcess {
     /// Starts the agent on node-a and waits until it is ready.
     pub fn start(lab: &Lab, config: AgentConfig) -> Result<Self> {
+        let native = config.xdp.as_deref() == Some(Mode::Native.as_str());
+        let receiver = native.then(|| Receiver::start(lab)).transpose()?;
         let mut agent = Self {
             node: lab.node_a_shared(),
+            uplinks: lab.uplinks().map(str::to_owned).collect(),
             config,
             binary: binary()?,
             pin_dir: lab.run().pin_dir(),
@@ -81,6 +114,7 @@ impl AgentProcess {
             state_dir: lab.dir().join("state"),
             log: lab.dir().join("agent.log"),
             process: None,
+            _receiver: receiver,
         };
         agent.launch()?;
         Ok(agent)
@@ -193,7 +227,8 @@ impl AgentProcess {
             .arg("run")
             .arg("--manifests")
             .arg(&self.config.manifests)
-            .args(["--uplink", UPLINK, "--pod-interface", POD_INTERFACES])
+            .args(self.uplinks.iter().flat_map(|name| ["--uplink", name]))
+            .args(["--pod-interface", POD_INTERFACES])
             .arg("--pin-dir")
             .arg(&self.pin_dir)
             .arg("--admin-socket")

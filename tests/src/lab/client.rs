@@ -363,14 +363,59 @@ impl Udp {
 
     /// Sends `text` in pieces of `size` bytes by one call (UDP_SEGMENT): one long packet until it is cut.
     pub fn send_segments(&self, text: &str, size: u16) -> io::Result<()> {
-        let value = libc::c_int::from(size);
+        self.set_option(libc::SOL_UDP, libc::UDP_SEGMENT, size.into())?;
+        self.socket.send(text.as_bytes()).map(drop)
+    }
+
+    /// Has datagrams sent whole or not at all; the path's MTU then counts.
+    pub fn never_cut(&self) -> io::Result<()> {
+        match self.socket.local_addr()? {
+            SocketAddr::V4(_) => self.set_option(
+                libc::IPPROTO_IP,
+                libc::IP_MTU_DISCOVER,
+                libc::IP_PMTUDISC_DO,
+            ),
+            SocketAddr::V6(_) => self.set_option(
+                libc::IPPROTO_IPV6,
+                libc::IPV6_MTU_DISCOVER,
+                libc::IPV6_PMTUDISC_DO,
+            ),
+        }
+    }
+
+    /// The MTU of the path to the peer of a connected socket, as far as the client's kernel knows it.
+    pub fn path_mtu(&self) -> io::Result<i32> {
+        let (level, name) = match self.socket.local_addr()? {
+            SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_MTU),
+            SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_MTU),
+        };
+        let mut value: libc::c_int = 0;
+        let mut length =
+            libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
+        // SAFETY: the value is an int that outlives the call, with its length.
+        let got = unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                level,
+                name,
+                (&raw mut value).cast(),
+                &raw mut length,
+            )
+        };
+        if got < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(value)
+    }
+
+    fn set_option(&self, level: i32, name: i32, value: libc::c_int) -> io::Result<()> {
         let length = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
         // SAFETY: the value is an int that outlives the call, with its length.
         let set = unsafe {
             libc::setsockopt(
                 self.socket.as_raw_fd(),
-                libc::SOL_UDP,
-                libc::UDP_SEGMENT,
+                level,
+                name,
                 (&raw const value).cast(),
                 length,
             )
@@ -378,7 +423,7 @@ impl Udp {
         if set < 0 {
             return Err(io::Error::last_os_error());
         }
-        self.socket.send(text.as_bytes()).map(drop)
+        Ok(())
     }
 
     /// The socket itself.

@@ -6,6 +6,8 @@
 //!                                                         └── eth0 node-b ───── veth<pod>  routed pods   10.244.2.0/24
 //! ```
 //!
+//! The nodes may be joined by VXLAN instead ([`overlay`]), and node-a's uplink may be a VLAN interface.
+//!
 //! Everything is dual stack. [`Lab::builder`] makes the pieces a test names and no others; dropping the [`Lab`]
 //! removes them. What a killed run leaves behind is removed by the next run ([`run::sweep`]).
 //!
@@ -22,15 +24,17 @@ mod ethtool;
 pub mod netlink;
 pub mod netns;
 pub mod objects;
+pub mod overlay;
 pub mod process;
 pub mod receiver;
 pub mod run;
 pub mod sctp;
 pub mod server;
 mod topology;
+pub mod wires;
 
 pub use addresses::{Dual, Family};
-pub use agent::AgentProcess;
+pub use agent::{AgentProcess, Mode};
 pub use bpf::KernelState;
 pub use netns::Namespace;
 pub use topology::{Attach, BRIDGE, Host, Lab, LabBuilder, NodeName, POD_INTERFACES, Pod, UPLINK};

@@ -1,13 +1,15 @@
 //! Links, addresses, routes of one namespace over netlink.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
 use anyhow::{Context as _, Result};
 use futures::TryStreamExt as _;
-use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth, LinkMessage};
+use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth, LinkMessage, VlanProtocol};
+use rtnetlink::packet_route::neighbour::NeighbourFlags;
 use rtnetlink::{
-    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, LinkVlan, LinkVxlan,
+    RouteMessageBuilder,
 };
 
 /// A netlink socket of one namespace; its methods block the calling thread, which need not be inside.
@@ -62,6 +64,23 @@ pub struct End<'a> {
     pub mac: Option<Mac>,
 }
 
+/// A VXLAN interface.
+#[derive(Debug, Clone, Copy)]
+pub struct Vxlan<'a> {
+    /// The interface its packets leave through.
+    pub below: &'a str,
+    /// Their source.
+    pub local: Ipv4Addr,
+    /// The network's number.
+    pub vni: u32,
+    /// UDP port of both ends.
+    pub port: u16,
+    /// Its own Ethernet address.
+    pub mac: Mac,
+    /// Its MTU, bytes from the inner network header on.
+    pub mtu: u32,
+}
+
 impl Netlink {
     /// A socket in the calling thread's namespace.
     pub fn open() -> Result<Self> {
@@ -107,6 +126,68 @@ impl Netlink {
         self.runtime
             .block_on(self.handle.link().add(link).execute())
             .with_context(|| format!("make bridge {name}"))
+    }
+
+    /// A VLAN interface above another one, up; the tag is 802.1ad's if `service` says so, else 802.1Q's.
+    pub fn vlan(&self, name: &str, below: &str, id: u16, service: bool) -> Result<()> {
+        let protocol = if service {
+            VlanProtocol::Ieee8021Ad
+        } else {
+            VlanProtocol::Ieee8021Q
+        };
+        let link = LinkVlan::new(name, self.index(below)?, id)
+            .protocol(protocol)
+            .up()
+            .build();
+        self.runtime
+            .block_on(self.handle.link().add(link).execute())
+            .with_context(|| format!("make VLAN {id} above {below}"))
+    }
+
+    /// A VXLAN interface that learns nothing, up.
+    pub fn vxlan(&self, name: &str, tunnel: Vxlan<'_>) -> Result<()> {
+        let Vxlan {
+            below,
+            local,
+            vni,
+            port,
+            mac,
+            mtu,
+        } = tunnel;
+        let link = LinkVxlan::new(name, vni)
+            .dev(self.index(below)?)
+            .local(local)
+            .port(port)
+            .learning(false)
+            .address(mac.to_vec())
+            .mtu(mtu)
+            .up()
+            .build();
+        self.runtime
+            .block_on(self.handle.link().add(link).execute())
+            .with_context(|| format!("make VXLAN {vni} on {below}"))
+    }
+
+    /// Says behind which machine a VXLAN interface finds an Ethernet address.
+    pub fn forward_to(&self, interface: &str, mac: Mac, machine: IpAddr) -> Result<()> {
+        let index = self.index(interface)?;
+        let request = self
+            .handle
+            .neighbours()
+            .add_bridge(index, &mac)
+            .flags(NeighbourFlags::Own)
+            .destination(machine);
+        self.runtime
+            .block_on(request.execute())
+            .with_context(|| format!("forward to {machine} on {interface}"))
+    }
+
+    /// Takes a port off its bridge.
+    pub fn free(&self, port: &str) -> Result<()> {
+        let message = LinkUnspec::new_with_index(self.index(port)?)
+            .nocontroller()
+            .build();
+        self.set(port, message)
     }
 
     /// Makes `port` a port of `bridge` and takes it up.

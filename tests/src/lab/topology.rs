@@ -18,6 +18,7 @@ use super::addresses::{
 use super::ethtool;
 use super::netlink::{End, Mac, Netlink, Via};
 use super::netns::Namespace;
+use super::overlay;
 use super::process::collected;
 use super::run::{self, Machine, Run};
 
@@ -30,7 +31,7 @@ const POD_GATEWAY: Dual = Dual::new(
 );
 /// The bridge of bridged pods.
 pub const BRIDGE: &str = "cni0";
-/// A node's interface towards the network.
+/// The interface of pods and hosts, and a node's first one towards the network.
 pub const UPLINK: &str = "eth0";
 /// What the names of the node's pod interfaces look like.
 pub const POD_INTERFACES: &str = "veth*";
@@ -171,6 +172,8 @@ pub struct LabBuilder {
     clients: u16,
     machines: Vec<(String, Dual)>,
     node_b: bool,
+    overlay: bool,
+    vlans: Vec<u16>,
     rp_filter: u8,
     uplink_offload: bool,
 }
@@ -223,6 +226,22 @@ impl LabBuilder {
     #[must_use]
     pub fn node_b(mut self) -> Self {
         self.node_b = true;
+        self
+    }
+
+    /// Joins the nodes' pods by VXLAN in place of routes, and adds node-b: see [`super::overlay`].
+    #[must_use]
+    pub fn overlay(mut self) -> Self {
+        self.overlay = true;
+        self.node_b = true;
+        self
+    }
+
+    /// Puts node-a's network behind these VLANs of its `eth0`, the outermost first: its uplink is then `eth0.100`, or
+    /// `eth0.100.200`. The outer of two tags is 802.1ad's.
+    #[must_use]
+    pub fn vlans(mut self, ids: &[u16]) -> Self {
+        self.vlans = ids.to_vec();
         self
     }
 
@@ -280,6 +299,9 @@ pub struct Lab {
     node_a: Arc<Namespace>,
     node_b: Option<Namespace>,
     router: Namespace,
+    /// node-a's interface with its address.
+    uplink: String,
+    overlay: bool,
     dir: PathBuf,
     run: Run,
 }
@@ -294,6 +316,8 @@ impl Lab {
             clients: 0,
             machines: Vec::new(),
             node_b: false,
+            overlay: false,
+            vlans: Vec::new(),
             rp_filter: 0,
             uplink_offload: false,
         }
@@ -333,6 +357,32 @@ impl Lab {
         }
     }
 
+    /// Whether there is a second node.
+    #[must_use]
+    pub fn has_node_b(&self) -> bool {
+        self.node_b.is_some()
+    }
+
+    /// node-a's interface with its address towards the network.
+    #[must_use]
+    pub fn uplink(&self) -> &str {
+        &self.uplink
+    }
+
+    /// Whether the nodes' pods are joined by VXLAN.
+    #[must_use]
+    pub fn has_overlay(&self) -> bool {
+        self.overlay
+    }
+
+    /// All of node-a's interfaces towards other machines.
+    pub fn uplinks(&self) -> impl Iterator<Item = &str> {
+        // Frames with tags come in by it; no address is on it then.
+        let trunk = (self.uplink != UPLINK).then_some(UPLINK);
+        let overlay = self.overlay.then_some(overlay::INTERFACE);
+        [self.uplink()].into_iter().chain(trunk).chain(overlay)
+    }
+
     /// The network between the nodes and the outside.
     #[must_use]
     pub fn router(&self) -> &Namespace {
@@ -354,6 +404,11 @@ impl Lab {
     /// All pods in order of name.
     pub fn pods(&self) -> impl Iterator<Item = &Pod> {
         self.pods.values()
+    }
+
+    /// All outside clients.
+    pub fn clients(&self) -> impl Iterator<Item = &Host> {
+        self.clients.iter()
     }
 
     /// An outside client by number.
@@ -421,22 +476,31 @@ impl Lab {
         let router = host(&run, "net", 0)?;
         router.netlink().bridge("nodes")?;
         assign(router.netlink(), "nodes", ROUTER_NODES, 24, 64)?;
-        let node_a = node(&run, &router, NodeName::A, spec.rp_filter)?;
+        let (node_a, uplink) = node(&run, &router, NodeName::A, &spec.vlans, spec.rp_filter)?;
         if !spec.uplink_offload {
             node_a.run(|| ethtool::tx_checksum_off(UPLINK))?;
         }
         let node_b = if spec.node_b {
-            let node_b = node(&run, &router, NodeName::B, 0)?;
+            let (node_b, _) = node(&run, &router, NodeName::B, &[], 0)?;
             node_b.run(|| ethtool::tx_checksum_off(UPLINK))?;
-            to_net(node_a.netlink(), PODS_B, UPLINK, NODE_B)?;
-            to_net(node_b.netlink(), PODS_A, UPLINK, NODE_A)?;
-            to_net(router.netlink(), PODS_B, "nodes", NODE_B)?;
             Some(node_b)
         } else {
             None
         };
-        for net in [PODS_A, LB_POOL, EXTERNAL] {
+        match &node_b {
+            Some(node_b) if spec.overlay => overlay::join(&node_a, &uplink, node_b)?,
+            Some(node_b) => {
+                to_net(node_a.netlink(), PODS_B, &uplink, NODE_B)?;
+                to_net(node_b.netlink(), PODS_A, UPLINK, NODE_A)?;
+                to_net(router.netlink(), PODS_B, "nodes", NODE_B)?;
+            }
+            None => {}
+        }
+        for net in [LB_POOL, EXTERNAL] {
             to_net(router.netlink(), net, "nodes", NODE_A)?;
+        }
+        if !spec.overlay {
+            to_net(router.netlink(), PODS_A, "nodes", NODE_A)?;
         }
         let mut lab = Self {
             pods: BTreeMap::new(),
@@ -445,6 +509,8 @@ impl Lab {
             node_a: Arc::new(node_a),
             node_b,
             router,
+            uplink,
+            overlay: spec.overlay,
             dir,
             run,
         };
@@ -580,17 +646,42 @@ fn forwarding(namespace: &Namespace) -> Result<()> {
     namespace.sysctl("net.ipv6.conf.all.forwarding", "1")
 }
 
-/// A node with its uplink.
-fn node(run: &Run, router: &Namespace, name: NodeName, rp_filter: u8) -> Result<Namespace> {
+/// A node, and its uplink's name.
+fn node(
+    run: &Run,
+    router: &Namespace,
+    name: NodeName,
+    vlans: &[u16],
+    rp_filter: u8,
+) -> Result<(Namespace, String)> {
     let namespace = host(run, name.as_str(), rp_filter)?;
     forwarding(&namespace)?;
     if name == NodeName::A {
         forwarding(router)?;
     }
     cable(router, "nodes", name.as_str(), &namespace)?;
-    assign(namespace.netlink(), UPLINK, name.addr(), 24, 64)?;
-    default_route(namespace.netlink(), UPLINK, ROUTER_NODES)?;
-    Ok(namespace)
+    let uplink = if vlans.is_empty() {
+        UPLINK.to_owned()
+    } else {
+        let port = tag(router.netlink(), name.as_str(), vlans)?;
+        router.netlink().free(name.as_str())?;
+        router.netlink().bridge_port("nodes", &port)?;
+        tag(namespace.netlink(), UPLINK, vlans)?
+    };
+    assign(namespace.netlink(), &uplink, name.addr(), 24, 64)?;
+    default_route(namespace.netlink(), &uplink, ROUTER_NODES)?;
+    Ok((namespace, uplink))
+}
+
+/// VLAN interfaces above one, each above the one before; the name of the last.
+fn tag(netlink: &Netlink, below: &str, vlans: &[u16]) -> Result<String> {
+    let mut top = below.to_owned();
+    for (depth, id) in vlans.iter().enumerate() {
+        let name = format!("{top}.{id}");
+        netlink.vlan(&name, &top, *id, depth + 1 < vlans.len())?;
+        top = name;
+    }
+    Ok(top)
 }
 
 /// A veth from the router's bridge to `eth0` of another namespace; the router's end has its offload off.
@@ -641,7 +732,13 @@ fn bridge_pod(home: &Namespace, interface: &str, pod: &Netlink, addr: Dual) -> R
     default_route(pod, UPLINK, gateway)
 }
 
-fn assign(netlink: &Netlink, interface: &str, addr: Dual, v4_len: u8, v6_len: u8) -> Result<()> {
+pub(super) fn assign(
+    netlink: &Netlink,
+    interface: &str,
+    addr: Dual,
+    v4_len: u8,
+    v6_len: u8,
+) -> Result<()> {
     netlink.address(interface, addr.v4.into(), v4_len)?;
     netlink.address(interface, addr.v6.into(), v6_len)
 }

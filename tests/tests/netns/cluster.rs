@@ -10,7 +10,9 @@ use svc_lb_tests::lab::agent::{AgentConfig, AgentProcess};
 use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::objects::{Manifests, Protocol, Service};
 use svc_lb_tests::lab::server::{self, Server};
-use svc_lb_tests::lab::{Attach, Dual, Family, Lab, Namespace, NodeName, Pod, eventually};
+use svc_lb_tests::lab::{
+    Attach, Dual, Family, Lab, Mode, Namespace, NodeName, Pod, eventually, overlay,
+};
 
 /// How long the agent may take to act on a change.
 pub(crate) const SOON: Duration = Duration::from_secs(5);
@@ -186,6 +188,9 @@ impl<'a> Source<'a> {
             _ if !masked => self.addr,
             // The address of the interface that leads there.
             Some(Attach::Bridged) => BRIDGED.nth(1),
+            Some(Attach::Routed) if self.lab.has_overlay() && node != NodeName::A.as_str() => {
+                overlay::ADDRESS_A
+            }
             Some(Attach::Routed) | None => NODE_A,
         }
     }
@@ -194,6 +199,36 @@ impl<'a> Source<'a> {
 /// Starts the agent with services that are all reachable once it is ready.
 pub(crate) fn start(lab: &Lab, services: &[Service]) -> (Manifests, AgentProcess) {
     start_with(lab, services, |config| config)
+}
+
+/// The same with the uplinks in a mode.
+pub(crate) fn start_in(lab: &Lab, services: &[Service], mode: Mode) -> (Manifests, AgentProcess) {
+    start_with(lab, services, |config| config.xdp(mode.as_str()))
+}
+
+/// Environment variable with the modes to run scenarios in, separated by commas: all unless it says otherwise.
+const MODES: &str = "SVC_LB_TEST_MODES";
+
+/// Runs a scenario with node-a's uplinks in each mode, and names it in a failure.
+pub(crate) fn each_mode(mut scenario: impl FnMut(Mode)) {
+    struct Named(Mode);
+    impl Drop for Named {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                eprintln!("with --xdp {}", self.0.as_str());
+            }
+        }
+    }
+    let wanted = std::env::var(MODES).ok();
+    let is_wanted = |mode: &Mode| {
+        wanted
+            .as_deref()
+            .is_none_or(|wanted| wanted.split(',').any(|name| name == mode.as_str()))
+    };
+    for mode in Mode::ALL.into_iter().filter(is_wanted) {
+        let _named = Named(mode);
+        scenario(mode);
+    }
 }
 
 /// The same with other settings.

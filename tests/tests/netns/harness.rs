@@ -11,6 +11,7 @@ use svc_lb_tests::lab::client::{Client, dig};
 use svc_lb_tests::lab::crowd::Crowd;
 use svc_lb_tests::lab::run::{LOCKS, NAMESPACES};
 use svc_lb_tests::lab::server::{self, Rule};
+use svc_lb_tests::lab::wires::Wires;
 use svc_lb_tests::lab::{Family, Lab, privileged, run};
 
 use crate::cluster::{ECHO, HTTP, UDP, serve_all};
@@ -82,6 +83,19 @@ fn captures_tell_addresses_and_checksums() {
             assert!(seen.checksums_ok, "{seen:?}");
         }
     }
+}
+
+/// What every scenario's wires are held to tells a connection around the services, and nothing sent at all.
+#[test]
+#[should_panic(expected = "does not belong there")]
+fn wires_tell_what_does_not_belong() {
+    assert!(privileged(), "does not belong there");
+    let lab = Lab::builder().routed("r1").clients(1).build().unwrap();
+    let _servers = serve_all(&lab);
+    let wires = Wires::watch(&lab).unwrap();
+    let pod = lab.pod("r1").addr().socket(Family::V4, ECHO);
+    Client::of(lab.client(0).ns()).echo(pod).unwrap();
+    wires.check();
 }
 
 /// A crowd reports connections whose path is cut, and no others.
