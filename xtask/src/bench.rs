@@ -15,7 +15,7 @@ const BENCH: &str = "svc-lb-bench";
 /// Build everything and measure: needs root.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask bench            everything\n  cargo xtask bench --packets  the programs alone, nanoseconds a packet\n  cargo xtask bench -- --help  every part and option"
+    after_help = "Examples:\n  cargo xtask bench            everything\n  cargo xtask bench --packets  the programs alone, nanoseconds a packet\n  cargo xtask bench --agent    the agent at full size: cold start, memory, one change\n  cargo xtask bench -- --help  every part and option"
 )]
 pub(crate) struct Args {
     /// Parts and options of the benchmark itself.

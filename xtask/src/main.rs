@@ -15,6 +15,7 @@ mod bench;
 mod build;
 mod demo;
 mod deps;
+mod dist;
 mod elf_gate;
 mod lint;
 mod proc;
@@ -29,7 +30,7 @@ mod vm;
 #[command(
     name = "cargo xtask",
     bin_name = "cargo xtask",
-    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code\n  cargo xtask semantics        which tests prove which row of docs/semantics.md\n  cargo xtask vm all           on four kernels, in QEMU\n  cargo xtask bench            the figures we quote"
+    after_help = "Examples:\n  cargo xtask setup            make this machine ready, say what is done\n  cargo xtask build --release  the agent with its BPF object inside: target/release/svc-lb\n  cargo xtask dist             one static binary: target/dist/svc-lb\n  cargo xtask demo             a small cluster in namespaces; shows what hits what\n  cargo xtask test             all tests; the last line sums them up\n  cargo xtask lint             what is checked without running the code\n  cargo xtask semantics        which tests prove which row of docs/semantics.md\n  cargo xtask vm all           on four kernels, in QEMU\n  cargo xtask bench            the figures we quote"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -42,6 +43,7 @@ enum Command {
     Build(build::Args),
     Bench(bench::Args),
     Demo(demo::Args),
+    Dist(dist::Args),
     Test(test::Args),
     Lint(lint::Args),
     Semantics(semantics::Args),
@@ -67,6 +69,7 @@ fn dispatch(command: Command) -> Result<ExitCode> {
         Command::Build(args) => build::run(&args)?,
         Command::Bench(args) => bench::run(&args)?,
         Command::Demo(args) => demo::run(&args)?,
+        Command::Dist(args) => dist::run(&args)?,
         Command::Test(args) => return test::run(&args),
         Command::Lint(args) => lint::run(&args)?,
         Command::Semantics(args) => semantics::run(&args)?,

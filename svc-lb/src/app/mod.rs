@@ -55,6 +55,7 @@ use crate::model::{Batch, SourceId};
 use crate::node::ports::NodePorts;
 use crate::node::{self, NodeError};
 use crate::observe::status::ProgramStatus;
+use crate::observe::tools;
 use crate::source;
 use crate::standalone::{self, Standalone};
 
@@ -92,6 +93,10 @@ pub struct Settings {
     pub timeouts: Timeouts,
     /// Where to answer `/healthz` and `/livez`.
     pub healthz: Bind,
+    /// Where to answer what tools of this node ask.
+    pub metrics: Bind,
+    /// What each setting is, for those who ask there.
+    pub configz: serde_json::Value,
     /// How long a change may take to be programmed; twice that is unhealthy.
     pub sync_period: Duration,
     /// Where to answer `status` and its like.
@@ -328,6 +333,10 @@ async fn start(
             cancel.clone(),
         ),
     );
+    if let Bind::At(address) = settings.metrics {
+        let serve = tools::serve(address, settings.configz.clone());
+        tasks.spawn("tools", cancel.clone().run_until_cancelled_owned(serve));
+    }
     let (health_checks, health_report) = start_health(settings.healthz, &health, tasks);
     let gatherer = Gatherer {
         started: Instant::now(),

@@ -57,6 +57,8 @@ pub struct Reconciler<D> {
     health_changes: BTreeSet<ObjectName>,
     refusals: Vec<plan::Refusal>,
     listed: bool,
+    /// When the first lists were complete, until they are programmed.
+    listed_at: Option<Instant>,
     programmed: bool,
     writes: u64,
     failures: u64,
@@ -109,6 +111,7 @@ impl<D: Dataplane> Reconciler<D> {
             health_changes: BTreeSet::new(),
             refusals: Vec::new(),
             listed: false,
+            listed_at: None,
             programmed: false,
             writes: 0,
             failures: 0,
@@ -118,6 +121,7 @@ impl<D: Dataplane> Reconciler<D> {
 
     /// Takes changes in. Nothing comes of them until every source's first list is complete.
     pub fn take(&mut self, batches: impl IntoIterator<Item = Batch>) {
+        let begun = Instant::now();
         let mut edits = Vec::new();
         for batch in batches {
             edits.extend(self.intake.apply(batch));
@@ -140,6 +144,7 @@ impl<D: Dataplane> Reconciler<D> {
         }
         if !self.listed {
             self.listed = true;
+            self.listed_at = Some(begun);
             self.planner.remove_unclaimed();
             info!(
                 services = self.compiled.len(),
@@ -386,6 +391,10 @@ impl<D: Dataplane> Reconciler<D> {
     fn applied(&mut self, writes: usize, now: Instant) {
         self.writes += writes as u64;
         self.programmed = true;
+        if let Some(listed) = self.listed_at.take() {
+            let millis = listed.elapsed().as_millis();
+            info!(writes, millis, "the first lists are programmed");
+        }
         if self.failing.take().is_some() {
             info!(failures = self.failures, "the maps can be written again");
         }

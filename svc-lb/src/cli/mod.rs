@@ -5,6 +5,7 @@ mod check;
 mod client;
 mod cluster;
 mod completions;
+mod config;
 mod detach;
 mod dump;
 mod output;
@@ -17,6 +18,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use self::config::Effective;
 use crate::dataplane::pins::{self, Pins};
 use crate::observe::logging::{self, LogFormat};
 
@@ -46,6 +48,10 @@ struct Cli {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Everywhere")]
 struct Global {
+    /// Settings in YAML, each by the name of its option, or a KubeProxyConfiguration; flags and the
+    /// environment are stronger [default: /etc/svc-lb/config.yaml, where it exists]
+    #[arg(long, global = true, value_name = "FILE", env = "SVC_LB_CONFIG")]
+    config: Option<PathBuf>,
     /// Where programs, maps and links are pinned; each agent on a machine needs its own
     #[arg(
         long,
@@ -98,14 +104,16 @@ enum Command {
     Dump(dump::Args),
     Check(check::Args),
     Detach(detach::Args),
+    Config(config::Args),
     Completions(completions::Args),
 }
 
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
-    let Cli { global, command } = Cli::parse();
-    match run(command, &global) {
+    let result = config::parse(std::env::args_os())
+        .and_then(|(Cli { global, command }, settings)| run(command, &global, &settings));
+    match result {
         Ok(code) => code,
         Err(error) => {
             report(&error);
@@ -114,14 +122,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, global: &Global) -> Result<ExitCode> {
+fn run(command: Command, global: &Global, settings: &Effective) -> Result<ExitCode> {
     logging::start(&global.log, global.log_format)?;
     match command {
-        Command::Run(args) => run::run(*args, global),
+        Command::Run(args) => run::run(*args, global, settings),
         Command::Status(args) => status::run(&args, global),
         Command::Dump(args) => dump::run(&args, global),
         Command::Check(args) => check::run(&args, global),
         Command::Detach(args) => detach::run(&args, global),
+        Command::Config(args) => config::run(&args, global, settings),
         Command::Completions(args) => completions::run(&args),
     }
 }

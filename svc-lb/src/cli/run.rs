@@ -10,10 +10,12 @@ use clap::{ArgAction, ValueEnum};
 use ipnet::IpNet;
 use svc_lb_common::config::{self, Config};
 use svc_lb_common::hash::text_hash;
+use tracing::warn;
 
 use super::Global;
 use super::args::EdgeArgs;
 use super::cluster::ClusterArgs;
+use super::config::Effective;
 use crate::app::{self, Settings};
 use crate::compile::{CompileOptions, MaglevOptions};
 use crate::dataplane::Timeouts;
@@ -37,7 +39,7 @@ const NO_SOURCE: &str = "nothing says what to balance: give --kubeconfig, --mani
 ///
 /// Adopts what an earlier agent left pinned, replaces its programs in place, and leaves everything
 /// in place when it ends, by whatever means: traffic goes on. `svc-lb detach` removes it.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "\
 Exit codes:
   0  ended by SIGTERM or SIGINT; programs and flows stay
@@ -229,7 +231,7 @@ enum ExternalIps {
     Off,
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Selection of backends")]
 struct SelectionArgs {
     /// How new flows find their backend, where a Service has no annotation svc-lb.io/lb-algorithm
@@ -285,7 +287,7 @@ impl From<LbAlgorithm> for Algorithm {
     }
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Health")]
 struct HealthArgs {
     /// Where /healthz and /livez answer, as kube-proxy's do: ADDRESS:PORT, or off. 0.0.0.0 is every
@@ -298,6 +300,14 @@ struct HealthArgs {
         default_value = "0.0.0.0:10256"
     )]
     healthz_bind_address: Bind,
+    /// Where /proxyMode, /configz and the like answer, for this node's own tools: ADDRESS:PORT, or off
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        env = "SVC_LB_METRICS_BIND_ADDRESS",
+        default_value = "127.0.0.1:10249"
+    )]
+    metrics_bind_address: Bind,
     /// How long a change may take to be programmed; the node counts as unhealthy when one has been
     /// waiting twice as long
     #[arg(
@@ -310,7 +320,7 @@ struct HealthArgs {
     sync_period: Duration,
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Translated sources")]
 struct SourceArgs {
     /// Whose packets from outside get this node's address as their source: those to a backend of
@@ -347,7 +357,7 @@ enum ExternalSnat {
     Always,
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Control plane of objects that were never in a cluster")]
 struct ControlPlaneArgs {
     /// Range of ClusterIPs, one for each family; packets to addresses in it that belong to no
@@ -388,7 +398,7 @@ struct ControlPlaneArgs {
     state_dir: PathBuf,
 }
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Dataplane")]
 struct DataplaneArgs {
     /// How tc programs are attached [default: tcx where the kernel has it (6.6), else clsact]
@@ -450,8 +460,17 @@ fn ports(text: &str) -> Result<RangeInclusive<u16>> {
     Ok(range)
 }
 
-pub(super) fn run(args: Args, global: &Global) -> Result<ExitCode> {
-    let settings = settings(args, global)?;
+/// Whether it could be run with.
+pub(super) fn check(args: &Args, global: &Global) -> Result<()> {
+    settings(args.clone(), global).map(drop)
+}
+
+pub(super) fn run(args: Args, global: &Global, effective: &Effective) -> Result<ExitCode> {
+    let mut settings = settings(args, global)?;
+    settings.configz = effective.json();
+    for ignored in &effective.ignored {
+        warn!("{ignored}");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -477,10 +496,12 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
                 maglev_seed,
                 maglev_table_size,
             },
-        health: HealthArgs {
-            healthz_bind_address,
-            sync_period,
-        },
+        health:
+            HealthArgs {
+                healthz_bind_address,
+                metrics_bind_address,
+                sync_period,
+            },
         source:
             SourceArgs {
                 external_snat,
@@ -553,6 +574,8 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         tc: tc_hook,
         timeouts: Timeouts::with(&timeout),
         healthz: healthz_bind_address,
+        metrics: metrics_bind_address,
+        configz: serde_json::Value::Null,
         sync_period,
         admin_socket: global.admin_socket.clone(),
     })

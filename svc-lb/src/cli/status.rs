@@ -50,6 +50,9 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<ExitCode> {
     let Answer::Status(status) = answer else {
         bail!("the agent answered something else");
     };
+    if let Some(note) = other_version(&status.version) {
+        super::complain(&note);
+    }
     match output {
         Format::Json => output::json(&status)?,
         Format::Table => output::print(&text(&status, *services)?)?,
@@ -58,6 +61,14 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<ExitCode> {
         ExitCode::SUCCESS
     } else {
         exit::DEGRADED.into()
+    })
+}
+
+/// What to say where the agent is not of this command's version.
+fn other_version(agent: &str) -> Option<String> {
+    let ours = env!("CARGO_PKG_VERSION");
+    (agent != ours).then(|| {
+        format!("the agent that runs is {agent}, this command {ours}: restart the agent, or use its own svc-lb")
     })
 }
 
@@ -374,6 +385,13 @@ fn bytes(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_version_is_told() {
+        assert_eq!(other_version(env!("CARGO_PKG_VERSION")), None);
+        let note = other_version("0.0.1").unwrap();
+        assert!(note.contains("0.0.1") && note.contains("restart the agent"));
+    }
 
     #[test]
     fn memory_is_shown_in_units() {

@@ -19,6 +19,8 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use super::RETRY;
+
 /// Connections of one listener at a time; further ones wait. Strangers can reach these ports, and
 /// must not use up the agent's descriptors.
 const CONNECTIONS: usize = 256;
@@ -62,6 +64,35 @@ impl From<IpAddr> for ListenOn {
         } else {
             Self::Only(BTreeSet::from([address]))
         }
+    }
+}
+
+/// Serves at an address that an option names, until it is dropped; tries again where it cannot. `report` is told where
+/// that is.
+pub(crate) async fn keep_serving(
+    option: &str,
+    at: SocketAddr,
+    router: Router,
+    report: impl Fn(Vec<String>),
+) {
+    let wanted = ListenOn::from(at.ip()).addresses();
+    let mut port = Port::new(at.port(), router);
+    let mut known = Vec::new();
+    loop {
+        port.open(&wanted);
+        let failed = port.failures();
+        for failure in failed.iter().filter(|failure| !known.contains(*failure)) {
+            warn!("{option}: {failure}; tried again");
+        }
+        known.clone_from(&failed);
+        let done = failed.is_empty();
+        report(failed);
+        if done {
+            debug!(address = %at, "{option}: served");
+            // Nothing closes it but its end.
+            std::future::pending::<()>().await;
+        }
+        sleep(RETRY).await;
     }
 }
 

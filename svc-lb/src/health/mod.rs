@@ -7,7 +7,7 @@
 //! Read-only and without secrets: unlike the admin socket these are meant to be reached from
 //! outside the node.
 
-mod listen;
+pub(crate) mod listen;
 pub mod proxy;
 pub mod services;
 

@@ -19,11 +19,8 @@ use axum::routing::any;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tokio::time::sleep;
-use tracing::{debug, warn};
 
-use super::listen::{ListenOn, Port};
-use super::{HEADERS, RETRY};
+use super::{HEADERS, listen};
 
 /// `--healthz-bind-address`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -280,26 +277,8 @@ pub struct ByCode {
 
 /// Serves `/healthz` and `/livez` until it is dropped. `failures` says where it cannot.
 pub async fn serve(health: Arc<ProxyHealth>, at: SocketAddr, failures: watch::Sender<Vec<String>>) {
-    let wanted = ListenOn::from(at.ip()).addresses();
-    let mut port = Port::new(at.port(), router(health));
-    loop {
-        port.open(&wanted);
-        let failed = port.failures();
-        for failure in &failed {
-            if !failures.borrow().contains(failure) {
-                warn!("--healthz-bind-address: {failure}; tried again");
-            }
-        }
-        if failed.is_empty() {
-            debug!(address = %at, "healthz and livez served");
-        }
-        failures.send_replace(failed.clone());
-        if failed.is_empty() {
-            // Nothing closes it but its end.
-            std::future::pending::<()>().await;
-        }
-        sleep(RETRY).await;
-    }
+    let report = |failed| drop(failures.send_replace(failed));
+    listen::keep_serving("--healthz-bind-address", at, router(health), report).await;
 }
 
 fn router(health: Arc<ProxyHealth>) -> Router {

@@ -3,3 +3,4 @@
 pub mod finding;
 pub mod logging;
 pub mod status;
+pub mod tools;

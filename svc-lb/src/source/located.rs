@@ -16,8 +16,8 @@ use serde_saphyr::Spanned;
 
 /// A value and the line it begins on, counted from 1.
 #[derive(Debug)]
-pub(super) struct Located {
-    pub(super) line: u64,
+pub(crate) struct Located {
+    pub(crate) line: u64,
     value: Value,
 }
 
@@ -43,7 +43,7 @@ struct Entry {
 
 impl Located {
     /// The value of a field of a mapping.
-    pub(super) fn get(&self, key: &str) -> Option<&Self> {
+    pub(crate) fn get(&self, key: &str) -> Option<&Self> {
         let Value::Map(entries) = &self.value else {
             return None;
         };
@@ -54,7 +54,7 @@ impl Located {
     }
 
     /// The text of a field of a mapping.
-    pub(super) fn text(&self, key: &str) -> Option<&str> {
+    pub(crate) fn text(&self, key: &str) -> Option<&str> {
         match &self.get(key)?.value {
             Value::Text(text) => Some(text),
             Value::Null
@@ -67,8 +67,42 @@ impl Located {
         }
     }
 
+    /// Nothing is there.
+    pub(crate) fn is_null(&self) -> bool {
+        matches!(self.value, Value::Null)
+    }
+
+    /// The fields of a mapping, with the lines of their keys.
+    pub(crate) fn fields(&self) -> Option<impl Iterator<Item = (&str, u64, &Self)>> {
+        let Value::Map(entries) = &self.value else {
+            return None;
+        };
+        Some(
+            entries
+                .iter()
+                .map(|entry| (entry.key.as_str(), entry.line, &entry.value)),
+        )
+    }
+
+    /// A scalar's text, or the texts of a list of scalars; none of null.
+    pub(crate) fn scalars(&self) -> Option<Vec<String>> {
+        match &self.value {
+            Value::Null => Some(Vec::new()),
+            Value::Bool(value) => Some(vec![value.to_string()]),
+            Value::Text(text) => Some(vec![text.clone()]),
+            Value::Signed(_) | Value::Unsigned(_) | Value::Float(_) => {
+                self.number().map(|n| vec![n])
+            }
+            Value::List(items) => {
+                let lists: Option<Vec<Vec<String>>> = items.iter().map(Self::scalars).collect();
+                lists.map(|lists| lists.into_iter().flatten().collect())
+            }
+            Value::Map(_) => None,
+        }
+    }
+
     /// The elements of a field that is a list; none of a field that is not there.
-    pub(super) fn list(&self, key: &str) -> &[Self] {
+    pub(crate) fn list(&self, key: &str) -> &[Self] {
         match self.get(key).map(|located| &located.value) {
             Some(Value::List(items)) => items,
             _ => &[],
@@ -76,7 +110,7 @@ impl Located {
     }
 
     /// The line of a field given as `a.b[0].c`, or of as much of it as there is.
-    pub(super) fn line_of(&self, field: &str) -> u64 {
+    pub(crate) fn line_of(&self, field: &str) -> u64 {
         let mut at = self;
         let mut line = self.line;
         for step in field.split(['.', '[']) {
@@ -99,7 +133,7 @@ impl Located {
     }
 
     /// Lets typed objects be read from here; `unknown` gets the fields that their types lack.
-    pub(super) fn reader<'a>(&'a self, unknown: &'a RefCell<Vec<Unknown>>) -> Cursor<'a, 'a> {
+    pub(crate) fn reader<'a>(&'a self, unknown: &'a RefCell<Vec<Unknown>>) -> Cursor<'a, 'a> {
         Cursor {
             at: self,
             path: &Path::Root,
@@ -216,21 +250,21 @@ impl<'de> Visitor<'de> for ValueVisitor {
 
 /// A field that its type does not have.
 #[derive(Debug)]
-pub(super) struct Unknown {
-    pub(super) line: u64,
+pub(crate) struct Unknown {
+    pub(crate) line: u64,
     /// Path from the object's root.
-    pub(super) field: String,
+    pub(crate) field: String,
     /// The field that was probably meant.
-    pub(super) meant: Option<&'static str>,
+    pub(crate) meant: Option<&'static str>,
 }
 
 /// A value that is not what its type wants.
 #[derive(Debug)]
-pub(super) struct Mismatch {
-    pub(super) line: u64,
+pub(crate) struct Mismatch {
+    pub(crate) line: u64,
     /// Path from the object's root; empty for the object itself.
-    pub(super) field: String,
-    pub(super) problem: String,
+    pub(crate) field: String,
+    pub(crate) problem: String,
 }
 
 impl Mismatch {
@@ -263,7 +297,7 @@ impl de::Error for Mismatch {
 }
 
 /// The way from the root to a value.
-pub(super) enum Path<'a> {
+pub(crate) enum Path<'a> {
     Root,
     Field(&'a Path<'a>, &'a str),
     Index(&'a Path<'a>, usize),
@@ -282,7 +316,7 @@ impl fmt::Display for Path<'_> {
 
 /// A serde deserializer at one value.
 #[derive(Clone, Copy)]
-pub(super) struct Cursor<'a, 'p> {
+pub(crate) struct Cursor<'a, 'p> {
     at: &'a Located,
     path: &'p Path<'p>,
     unknown: &'p RefCell<Vec<Unknown>>,
@@ -327,7 +361,7 @@ impl<'a> Cursor<'a, '_> {
 }
 
 /// The field that a misspelt one is most like, if it is like any.
-pub(super) fn closest(found: &str, known: &'static [&'static str]) -> Option<&'static str> {
+pub(crate) fn closest<'a>(found: &str, known: &[&'a str]) -> Option<&'a str> {
     let found = found.to_lowercase();
     let likeness = |name: &str| strsim::jaro_winkler(&found, &name.to_lowercase());
     let best = known

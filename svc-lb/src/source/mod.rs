@@ -3,7 +3,7 @@
 pub mod convert;
 mod json;
 pub mod kubernetes;
-mod located;
+pub(crate) mod located;
 pub mod manifests;
 pub mod stream;
 

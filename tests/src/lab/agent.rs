@@ -52,7 +52,8 @@ impl Mode {
 /// How to run the agent.
 #[derive(Debug, Clone)]
 pub struct AgentConfig {
-    manifests: PathBuf,
+    /// The option that names the source, and its value.
+    source: (&'static str, PathBuf),
     xdp: Option<String>,
     extra: Vec<OsString>,
 }
@@ -62,7 +63,17 @@ impl AgentConfig {
     #[must_use]
     pub fn manifests(path: impl Into<PathBuf>) -> Self {
         Self {
-            manifests: path.into(),
+            source: ("--manifests", path.into()),
+            xdp: None,
+            extra: Vec::new(),
+        }
+    }
+
+    /// With the API server that a kubeconfig names.
+    #[must_use]
+    pub fn cluster(kubeconfig: impl Into<PathBuf>) -> Self {
+        Self {
+            source: ("--kubeconfig", kubeconfig.into()),
             xdp: None,
             extra: Vec::new(),
         }
@@ -203,6 +214,11 @@ impl AgentProcess {
         &self.pin_dir
     }
 
+    /// Everything that was logged.
+    pub fn log(&self) -> Result<String> {
+        std::fs::read_to_string(&self.log).with_context(|| format!("read {}", self.log.display()))
+    }
+
     /// The last lines of the log.
     #[must_use]
     pub fn log_tail(&self) -> String {
@@ -225,8 +241,8 @@ impl AgentProcess {
         let mut command = Command::new(&self.binary);
         command
             .arg("run")
-            .arg("--manifests")
-            .arg(&self.config.manifests)
+            .arg(self.config.source.0)
+            .arg(&self.config.source.1)
             .args(self.uplinks.iter().flat_map(|name| ["--uplink", name]))
             .args(["--pod-interface", POD_INTERFACES])
             .arg("--pin-dir")

@@ -67,6 +67,9 @@ struct File<'a> {
 
 impl File<'_> {
     fn document(&mut self, document: &Located) {
+        if document.get("kind").is_none() && self.lb_state(document) {
+            return;
+        }
         let Some(kind) = document.text("kind") else {
             return self.error(
                 document.line,
@@ -108,6 +111,27 @@ impl File<'_> {
                 _ => self.document(item),
             }
         }
+    }
+
+    /// What Cilium reads with `--lb-state-file`: two lists of objects, which need not say their kind.
+    fn lb_state(&mut self, document: &Located) -> bool {
+        let lists = [
+            ("services", Kind::Service),
+            ("endpoints", Kind::EndpointSlice),
+        ];
+        if !lists.iter().any(|(key, _)| document.get(key).is_some()) {
+            return false;
+        }
+        for (key, kind) in lists {
+            for item in document.list(key) {
+                if item.get("kind").is_some() {
+                    self.document(item);
+                } else {
+                    self.object(kind, item);
+                }
+            }
+        }
+        true
     }
 
     fn object(&mut self, kind: Kind, document: &Located) {

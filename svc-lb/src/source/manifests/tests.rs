@@ -221,6 +221,22 @@ fn forms_of_manifests() {
     assert_eq!(objects("# nothing\n---\n---\n"), [""; 0]);
     let two = format!("---\n{}---\n{}", service("a", 80), service("b", 80));
     assert_eq!(objects(&two), ["Service default/a", "Service default/b"]);
+    // I14: what Cilium reads with --lb-state-file.
+    let state = r#"{"services": [
+        {"metadata": {"name": "a"}, "spec": {"clusterIP": "10.96.0.1", "ports": [{"port": 80}]}}
+    ], "endpoints": [
+        {"kind": "EndpointSlice", "apiVersion": "discovery.k8s.io/v1", "metadata": {"name": "a-1"}, "addressType": "IPv4",
+         "endpoints": [{"addresses": ["10.0.0.1"]}]},
+        {"metadata": {"name": "a-2"}, "addressType": "IPv6", "endpoints": []}
+    ]}"#;
+    assert_eq!(
+        objects(state),
+        [
+            "Service default/a",
+            "EndpointSlice default/a-1",
+            "EndpointSlice default/a-2"
+        ]
+    );
     let json = r#"{"apiVersion": "v1", "kind": "List", "items": [
         {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n"}},
 TAB   {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 use clap::Parser as _;
 
+mod agent;
 mod figures;
 mod packets;
 mod report;
@@ -13,12 +14,15 @@ mod report;
 /// Measures svc-lb on this machine. Needs root.
 #[derive(Debug, clap::Parser)]
 #[command(
-    after_help = "Examples:\n  svc-lb-bench                          everything\n  svc-lb-bench --packets                nanoseconds a packet, the programs alone\n  svc-lb-bench --packets --json new.json --baseline old.json\n                                        and the ratio of each figure to an earlier run's\n\nOther work on the machine shows in the spread: compare ratios of one run, not figures of two."
+    after_help = "Examples:\n  svc-lb-bench                          everything\n  svc-lb-bench --packets                nanoseconds a packet, the programs alone\n  svc-lb-bench --agent                  the agent with 10,000 Services and 100,000 endpoints\n  svc-lb-bench --packets --json new.json --baseline old.json\n                                        and the ratio of each figure to an earlier run's\n\nOther work on the machine shows in the spread: compare ratios of one run, not figures of two."
 )]
 struct Args {
     /// The programs alone: nanoseconds a packet by BPF_PROG_TEST_RUN.
     #[arg(long)]
     packets: bool,
+    /// The agent at the size it is designed for: cold start, memory, and how fast one change is active.
+    #[arg(long)]
+    agent: bool,
     /// Only cases whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -55,6 +59,12 @@ fn bench(args: &Args) -> Result<()> {
         .as_deref()
         .map(|path| report::read(path).with_context(|| format!("--baseline {}", path.display())))
         .transpose()?;
+    if args.agent || !args.packets {
+        agent::run()?;
+        if args.agent && !args.packets {
+            return Ok(());
+        }
+    }
     let figures = packets::run(&packets::Options {
         only: args.only.clone(),
         rounds: args.rounds,
