@@ -1,5 +1,10 @@
 //! The agent at the size it is designed for, against the API server's double.
 
+#![expect(
+    clippy::indexing_slicing,
+    reason = "what a JSON value lacks is null, which is told where it is used"
+)]
+
 use std::fs;
 use std::io::{Write as _, stdout};
 use std::thread;
@@ -180,7 +185,7 @@ fn address(net: u8, number: u32) -> String {
 }
 
 /// What `kubectl apply` and the controllers leave in an object's metadata.
-fn metadata(name: &str, number: u32, labels: Value, fields: &[&str]) -> Value {
+fn metadata(name: &str, number: u32, labels: &Value, fields: &[&str]) -> Value {
     let owned: serde_json::Map<String, Value> = fields
         .iter()
         .map(|field| {
@@ -216,7 +221,7 @@ fn service(number: u32) -> Value {
     let ip = address(10, number + 1);
     json!({
         "apiVersion": "v1", "kind": "Service",
-        "metadata": metadata(&name, number, labels, &["clusterIP", "internalTrafficPolicy", "ports", "selector", "sessionAffinity", "type"]),
+        "metadata": metadata(&name, number, &labels, &["clusterIP", "internalTrafficPolicy", "ports", "selector", "sessionAffinity", "type"]),
         "spec": {
             "type": "ClusterIP", "clusterIP": ip, "clusterIPs": [ip], "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack",
             "internalTrafficPolicy": "Cluster", "sessionAffinity": "None",
@@ -251,7 +256,7 @@ fn slice(number: u32, version: u32) -> Value {
         .collect();
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": metadata(&format!("{service}-x7k2p"), number, labels, &["addressType", "endpoints", "ports"]),
+        "metadata": metadata(&format!("{service}-x7k2p"), number, &labels, &["addressType", "endpoints", "ports"]),
         "addressType": "IPv4",
         "ports": [{"name": "http", "protocol": "TCP", "port": 8080}],
         "endpoints": endpoints,
