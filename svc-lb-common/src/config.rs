@@ -57,6 +57,8 @@ pub const EXTERNAL_IPS_OUTSIDE: u32 = 1 << 6;
 pub const SNAT_ALWAYS: u32 = 1 << 5;
 /// Pods get a translated source on their way to a ClusterIP (kube-proxy's masqueradeAll).
 pub const MASQUERADE_ALL: u32 = 1 << 7;
+/// Answer packets of TCP connections whose backend, a pod of this node, has vanished with a RST.
+pub const RESET_VANISHED: u32 = 1 << 8;
 
 impl Config {
     /// The settings of a node that was told nothing.

@@ -2,7 +2,7 @@
 
 /// Version of every record in this crate. Pins of another version are not adopted. Raise it with
 /// any change of a record, a map's kind or the meaning of a field.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// `guard`: 2^20 addresses in 512 KiB.
 pub const GUARD_WORDS: u32 = 1 << 16;
@@ -35,6 +35,9 @@ pub const EDGES: u32 = 4_096;
 /// `links`: interfaces, pods' included.
 pub const LINKS: u32 = 4_096;
 
+/// `vanished4`, `vanished6`: pods; those of several days where pods come and go all the time.
+pub const VANISHED: u32 = 4_096;
+
 /// Names of the maps; at most 15 characters, the kernel cuts the rest.
 pub mod name {
     /// Hash of address to hint bits; `guard` module.
@@ -65,13 +68,15 @@ pub mod name {
     pub const EDGES: &str = "edges";
     /// What leaves through an interface, by its index.
     pub const LINKS: &str = "links";
+    /// Pods of this node that are gone, by family.
+    pub const VANISHED: [&str; 2] = ["vanished4", "vanished6"];
     /// Packets by hook and outcome.
     pub const COUNTERS: &str = "counters";
     /// Token bucket of generated packets.
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 25] = [
+    pub const PINNED: [&str; 27] = [
         GUARD,
         GUARD_PORT,
         GUARD_DIRECT,
@@ -93,6 +98,8 @@ pub mod name {
         SOURCE_RANGES[1],
         EDGES,
         LINKS,
+        VANISHED[0],
+        VANISHED[1],
         COUNTERS,
         BUCKET,
         MET[0],

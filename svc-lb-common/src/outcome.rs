@@ -120,6 +120,8 @@ outcomes! {
     /// Would leave with this node's address, by an interface that has none or is no edge of
     /// svc-lb's, where its answers would not be turned back.
     NoSource = 32, "no_source", Drop;
+    /// Along a TCP connection whose backend, a pod of this node, has vanished: a RST went back in its place.
+    Reset = 33, "reset", Pass;
 }
 
 /// Number of outcomes.

@@ -134,7 +134,7 @@ pub(crate) fn follow<P: Packet, F: Family>(
     let mut gained = 0;
     // Who goes on after a RST was not reset: an outsider may have sent it.
     let mut lost = state::RESET;
-    if met.flags & RST != 0 {
+    if met.flags & RST != 0 || met.vanished != 0 {
         (gained, lost) = (state::RESET, 0);
     } else if reverse {
         gained |= state::ANSWERED;

@@ -56,6 +56,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn streams() -> &'static LruHashMap<FlowKey<Self::Addr>, Flow<Self::Addr>>;
     /// Session affinity.
     fn affinity() -> &'static LruHashMap<AffinityKey<Self::Addr>, Affinity>;
+    /// Pods of this node that are gone.
+    fn vanished() -> &'static HashMap<Self::Addr, u64>;
     /// Whom services admit at load balancer addresses.
     fn source_ranges() -> &'static LpmTrie<Source<Self::Addr>, u32>;
 }
@@ -136,6 +138,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn vanished() -> &'static HashMap<Addr4, u64> {
+        &maps::VANISHED4
+    }
+
+    #[inline(always)]
     fn source_ranges() -> &'static LpmTrie<Source<Addr4>, u32> {
         &maps::SOURCE_RANGES4
     }
@@ -213,6 +220,11 @@ impl Family for V6 {
     #[inline(always)]
     fn affinity() -> &'static LruHashMap<AffinityKey<Addr6>, Affinity> {
         &maps::AFFINITY6
+    }
+
+    #[inline(always)]
+    fn vanished() -> &'static HashMap<Addr6, u64> {
+        &maps::VANISHED6
     }
 
     #[inline(always)]

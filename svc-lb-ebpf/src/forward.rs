@@ -7,7 +7,6 @@ use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
 use network_types::eth::EthHdr;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
-use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
 use svc_lb_common::conntrack::flow;
 use svc_lb_common::edge::Edge;
@@ -20,6 +19,7 @@ use crate::maps::{EDGES, LINKS, snapshot};
 use crate::met::Met;
 use crate::outcome::Verdict;
 use crate::packet::{Leaves, Packet, Step, Wire};
+use crate::parse::TCP_DATA_OFFSET;
 use crate::rewrite::{self, TimeToLive};
 
 /// BPF_FIB_LKUP_RET_SUCCESS.
@@ -151,9 +151,6 @@ fn length<P: Packet, F: Route>(packet: &P, met: &Met<F::Addr>) -> Step<u16> {
     };
     Ok((segment + header + met.l4 - met.l3) as u16)
 }
-
-/// Offset of the byte that holds a TCP header's length.
-const TCP_DATA_OFFSET: usize = offset_of!(TcpHdr, _bitfield_1);
 
 /// The address that a translated source gets on the interface that [`way`] has found.
 #[inline(always)]

@@ -30,6 +30,7 @@ mod packet;
 mod parse;
 mod pipeline;
 mod reject;
+mod reset;
 mod rewrite;
 mod select;
 mod service;

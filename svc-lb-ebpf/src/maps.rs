@@ -16,13 +16,14 @@
 //! | source_ranges4/6 | LPM trie | service, prefix of client -> admitted | agent | object refused |
 //! | edges | hash | interface index -> kind, bridge, MAC | agent | interface refused |
 //! | links | hash | interface index -> source addresses, XDP | agent | no translated source there |
+//! | vanished4/6 | hash | address of a pod of this node that is gone -> when | agent | the one longest gone leaves |
 //! | counters | per-CPU array | hook and outcome, or event -> packets | programs | - |
 //! | bucket | per-CPU array | token bucket of generated packets | programs | - |
 //! | met4/6 | per-CPU array | what is known of the packet; nothing outlives it | programs | - |
 
 use core::arch::asm;
 
-use aya_ebpf::bindings::BPF_F_MMAPABLE;
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
@@ -97,6 +98,12 @@ pub(crate) static SOURCE_RANGES6: LpmTrie<Source<Addr6>, u32> =
 pub(crate) static EDGES: HashMap<u32, Edge> = HashMap::with_max_entries(limits::EDGES, 0);
 #[map(name = "links")]
 pub(crate) static LINKS: HashMap<u32, Link> = HashMap::with_max_entries(limits::LINKS, 0);
+#[map(name = "vanished4")]
+pub(crate) static VANISHED4: HashMap<Addr4, u64> =
+    HashMap::with_max_entries(limits::VANISHED, BPF_F_NO_PREALLOC);
+#[map(name = "vanished6")]
+pub(crate) static VANISHED6: HashMap<Addr6, u64> =
+    HashMap::with_max_entries(limits::VANISHED, BPF_F_NO_PREALLOC);
 #[map(name = "counters")]
 pub(crate) static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(outcome::COUNTERS, 0);
 #[map(name = "bucket")]

@@ -55,6 +55,8 @@ pub(crate) struct Met<A: Address> {
     pub(crate) concern: Concern,
     /// What became of it so far.
     pub(crate) outcome: Outcome,
+    /// Non-zero: the backend, a pod of this node, has vanished, and the client is to be told.
+    pub(crate) vanished: u8,
     /// Non-zero: the flow being opened must have a translated source port.
     pub(crate) translate_port: u8,
 }
@@ -89,6 +91,7 @@ impl<A: Address> Met<A> {
         self.l3 = l3 as u32;
         self.l4 = transport.l4 as u32;
         self.flags = transport.flags;
+        self.vanished = 0;
     }
 
     /// Makes everything about the packet unknown: what follows is verified once, not once for each
@@ -108,6 +111,12 @@ impl<A: Address> Met<A> {
     #[inline(always)]
     pub(crate) fn is_sctp(&self) -> bool {
         self.key.protocol == Protocol::Sctp as u8
+    }
+
+    /// Whether it is TCP.
+    #[inline(always)]
+    pub(crate) fn is_tcp(&self) -> bool {
+        self.key.protocol == Protocol::Tcp as u8
     }
 
     /// Whether it is UDP; else it has connections, TCP's or SCTP's.

@@ -5,7 +5,7 @@
 
 use svc_lb_common::Address as _;
 use svc_lb_common::backend::LOCAL;
-use svc_lb_common::config::{MASQUERADE_ALL, REJECT_NO_LOCAL, SNAT_ALWAYS};
+use svc_lb_common::config::{MASQUERADE_ALL, REJECT_NO_LOCAL, RESET_VANISHED, SNAT_ALWAYS};
 use svc_lb_common::conntrack::{INBOUND, OUTBOUND, flow, state};
 use svc_lb_common::edge::{POD, UPLINK, XDP};
 use svc_lb_common::outcome::{Event, Hook, Outcome};
@@ -17,12 +17,13 @@ use crate::conntrack;
 use crate::family::{V4, V6};
 use crate::forward::{self, Route, Way};
 use crate::guard;
-use crate::met::Met;
+use crate::met::{Met, RST};
 use crate::open;
 use crate::outcome::Verdict;
 use crate::packet::{Packet, Step, Wire};
 use crate::parse::{self, Fragment, Ip, Network, Walk};
 use crate::reject::{self, Unreachable};
+use crate::reset;
 use crate::rewrite::{self, TimeToLive};
 use crate::select;
 use crate::service::{self, Aim, Target};
@@ -74,6 +75,7 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
         Err(outcome @ (Outcome::Rejected | Outcome::TooBig | Outcome::TimeExceeded)) => {
             reject::answer::<P, F>(packet, met, outcome)
         }
+        Err(Outcome::Reset) => reset::answer::<P, F>(packet, met),
         result => result,
     }
 }
@@ -82,6 +84,9 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
 #[inline(always)]
 fn carry<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>) -> Step<Verdict> {
     let known = along::<P, F>(packet, met, false);
+    if known == Along::Reset {
+        return Err(Outcome::Reset);
+    }
     if known != Along::Followed {
         match decide::<P, F>(packet, met, known == Along::Ended)? {
             Decision::Open => met.outcome = open::enter::<F>(met)?,
@@ -114,6 +119,19 @@ fn ended<F: Stack>(met: &Met<F::Addr>) -> bool {
     flow.traits & flow::DIRECT == 0 && !select::still_serves::<F>(flow.backend, flow.generation)
 }
 
+/// Whether a packet is a TCP client's to a pod of this node that has vanished (SEMANTICS G4): the
+/// endpoint must be gone, and the pod's interface, which the agent sees. Never in answer to a RST.
+#[inline(always)]
+fn vanished<F: Stack>(met: &Met<F::Addr>) -> bool {
+    let flow = &met.flow;
+    enabled(RESET_VANISHED)
+        && flow.traits & (flow::REVERSE | flow::DIRECT) == 0
+        && met.is_tcp()
+        && met.flags & RST == 0
+        && !select::is_endpoint::<F>(flow.backend, flow.generation)
+        && F::vanished().get_ptr(&flow.destination).is_some()
+}
+
 /// What came of looking for a packet's flow. As wide as [`Outcome`]; see [`Decision`].
 #[derive(Clone, Copy, Eq, PartialEq)]
 #[repr(u32)]
@@ -124,6 +142,8 @@ enum Along {
     Unknown,
     /// It has one, in [`Met::flow`], that has ended.
     Ended,
+    /// It has one to a pod that has vanished, and its client is to be told.
+    Reset,
 }
 
 /// Sends a packet along its flow, even one that has ended if `keep` says so.
@@ -138,7 +158,11 @@ fn along<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, keep: bool) ->
     if !keep && ended::<F>(met) {
         return Along::Ended;
     }
+    met.vanished = vanished::<F>(met) as u8;
     conntrack::follow::<P, F>(packet, met, &entry);
+    if met.vanished != 0 {
+        return Along::Reset;
+    }
     if conntrack::confirms(packet, met, &entry) {
         conntrack::promote::<F>(met);
     }

@@ -33,8 +33,14 @@ pub(crate) trait Unreachable: Family {
     fn error(outcome: Outcome) -> [u8; 2];
     /// The second word of the error that says which size would do.
     fn size_word(mtu: u16) -> [u8; 4];
-    /// Writes the header of an error that quotes `quoted` bytes, but for the addresses.
-    fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()>;
+    /// Writes the network header of a packet of ours at `l3`, but for the addresses: `length` bytes of `protocol` follow.
+    fn write_header<P: Packet>(
+        packet: &P,
+        l3: usize,
+        addresses: (Self::Addr, Self::Addr),
+        protocol: u8,
+        length: usize,
+    ) -> Step<()>;
     /// What the ICMP checksum covers beside the message.
     fn pseudo_sum(met: &Met<Self::Addr>, quoted: usize) -> u32;
 }
@@ -61,28 +67,26 @@ impl Unreachable for V4 {
     }
 
     #[inline(always)]
-    fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()> {
-        let [l0, l1] = ((Ipv4Hdr::LEN + ICMP + quoted) as u16).to_be_bytes();
+    fn write_header<P: Packet>(
+        packet: &P,
+        l3: usize,
+        (source, destination): (Self::Addr, Self::Addr),
+        protocol: u8,
+        length: usize,
+    ) -> Step<()> {
+        let [l0, l1] = ((Ipv4Hdr::LEN + length) as u16).to_be_bytes();
         // Precedence: internetwork control, as Linux marks its errors (RFC 1812 4.3.2.5).
+        let service = if protocol == Self::ICMP_PROTOCOL {
+            0xc0
+        } else {
+            0
+        };
         // Don't fragment: an atomic datagram needs no id (RFC 6864).
-        let mut start = [
-            0x45,
-            0xc0,
-            l0,
-            l1,
-            0,
-            0,
-            0x40,
-            0,
-            HOPS,
-            Self::ICMP_PROTOCOL,
-            0,
-            0,
-        ];
-        let addresses = met.key.source.word_sum() + met.complaint.speaker.word_sum();
+        let mut start = [0x45, service, l0, l1, 0, 0, 0x40, 0, HOPS, protocol, 0, 0];
+        let addresses = source.word_sum() + destination.word_sum();
         let check = !fold(sum(addresses, &start));
         [start[10], start[11]] = check.to_ne_bytes();
-        packet.store(met.l3 as usize, &start)
+        packet.store(l3, &start)
     }
 
     #[inline(always)]
@@ -112,12 +116,15 @@ impl Unreachable for V6 {
     }
 
     #[inline(always)]
-    fn write_header<P: Packet>(packet: &P, met: &Met<Self::Addr>, quoted: usize) -> Step<()> {
-        let [l0, l1] = ((ICMP + quoted) as u16).to_be_bytes();
-        packet.store(
-            met.l3 as usize,
-            &[0x60, 0, 0, 0, l0, l1, Self::ICMP_PROTOCOL, HOPS],
-        )
+    fn write_header<P: Packet>(
+        packet: &P,
+        l3: usize,
+        _addresses: (Self::Addr, Self::Addr),
+        protocol: u8,
+        length: usize,
+    ) -> Step<()> {
+        let [l0, l1] = (length as u16).to_be_bytes();
+        packet.store(l3, &[0x60, 0, 0, 0, l0, l1, protocol, HOPS])
     }
 
     #[inline(always)]
@@ -153,14 +160,7 @@ pub(crate) fn answer<P: Packet, F: Unreachable<Addr: Wire>>(
     outcome: Outcome,
 ) -> Step<Verdict> {
     let (source, destination) = (met.key.source, met.key.destination);
-    let [first, _] = packet.load::<[u8; 2]>(0)?;
-    let to_group = first & 1 != 0;
-    if to_group || !F::is_unicast(source) || !F::is_unicast(destination) {
-        return Err(Outcome::RejectSilent);
-    }
-    if !take_token() {
-        return Err(Outcome::RejectLimited);
-    }
+    may_answer::<P, F>(packet, met)?;
     let [type_, code] = F::error(outcome);
     let mut data = [0; 4];
     let mut speaker = destination;
@@ -212,7 +212,8 @@ pub(crate) fn answer<P: Packet, F: Unreachable<Addr: Wire>>(
     let total = sum(body + F::pseudo_sum(met, quoted), &[type_, code]);
     header.check = (!fold(sum(total, &data))).to_ne_bytes();
     packet.store(icmp, &header)?;
-    F::write_header(packet, met, quoted)?;
+    let addresses = (met.complaint.speaker, source);
+    F::write_header(packet, l3, addresses, F::ICMP_PROTOCOL, ICMP + quoted)?;
     packet.store(l3 + F::SOURCE, &met.complaint.speaker)?;
     packet.store(l3 + F::SOURCE + size_of::<F::Addr>(), &source)?;
     rewrite::swap(packet)?;
@@ -225,6 +226,21 @@ pub(crate) fn answer<P: Packet, F: Unreachable<Addr: Wire>>(
 
 const TOO_BIG: u32 = Outcome::TooBig as u32;
 const TIME_EXCEEDED: u32 = Outcome::TimeExceeded as u32;
+
+/// Whether a packet may be answered by one of ours: it is from one host to one host (RFC 1122 3.2.2), and
+/// the limit is not used up.
+#[inline(always)]
+pub(crate) fn may_answer<P: Packet, F: Family>(packet: &P, met: &Met<F::Addr>) -> Step<()> {
+    let [first, _] = packet.load::<[u8; 2]>(0)?;
+    let to_group = first & 1 != 0;
+    if to_group || !F::is_unicast(met.key.source) || !F::is_unicast(met.key.destination) {
+        return Err(Outcome::RejectSilent);
+    }
+    if !take_token() {
+        return Err(Outcome::RejectLimited);
+    }
+    Ok(())
+}
 
 /// Takes one packet from the CPU's bucket.
 #[inline(always)]

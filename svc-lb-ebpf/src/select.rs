@@ -124,6 +124,13 @@ fn pinned<F: Family>(target: &Target, client: F::Addr, bit: u32) -> Option<Choic
     })
 }
 
+/// Whether a flow's backend still is an endpoint of its service, willing or not.
+#[inline(always)]
+pub(crate) fn is_endpoint<F: Family>(id: u32, generation: u16) -> bool {
+    read(F::backends(), id)
+        .is_some_and(|backend| backend.generation() == generation && backend.bits() & GONE == 0)
+}
+
 /// Whether a flow's backend still serves the service the flow was opened for (SEMANTICS G1:
 /// policy and topology aside).
 #[inline(always)]

@@ -13,6 +13,9 @@ use svc_lb_common::outcome::{Hook, Outcome};
 use super::{Leaves, MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
 use crate::rewrite;
 
+/// Ethernet's shortest frame, without its check sequence.
+const LEAST: u32 = 60;
+
 /// A frame at XDP.
 pub(crate) struct XdpPacket {
     ctx: *mut xdp_md,
@@ -51,10 +54,21 @@ impl XdpPacket {
     #[inline(always)]
     fn length(&self) -> u32 {
         // SAFETY: `ctx` is the context the kernel passed to this program.
-        let data = unsafe { read_volatile(&raw const (*self.ctx).data) };
+        let data = unsafe { read_volatile(&raw const (*self.ctx).data) } as usize;
         // SAFETY: as above.
-        let end = unsafe { read_volatile(&raw const (*self.ctx).data_end) };
-        end - data
+        let end = unsafe { read_volatile(&raw const (*self.ctx).data_end) } as usize;
+        // Hidden, or LLVM would add to `data` what is added to this.
+        opaque(end - data) as u32
+    }
+
+    /// What is added is zero.
+    #[inline(always)]
+    fn move_end(&self, delta: i32) -> Step<()> {
+        // SAFETY: `ctx` is the context the kernel passed to this program.
+        match unsafe { bpf_xdp_adjust_tail(self.ctx, delta) } {
+            0 => Ok(()),
+            _ => Err(Outcome::RewriteFailed),
+        }
     }
 
     #[inline(always)]
@@ -168,11 +182,11 @@ impl Packet for XdpPacket {
 
     #[inline(always)]
     fn resize(&self, length: u32) -> Step<()> {
-        let delta = length as i32 - self.length() as i32;
-        // SAFETY: `ctx` is the context the kernel passed to this program.
-        match unsafe { bpf_xdp_adjust_tail(self.ctx, delta) } {
-            0 => Ok(()),
-            _ => Err(Outcome::RewriteFailed),
+        self.move_end(length as i32 - self.length() as i32)?;
+        if length < LEAST {
+            // Not every driver fills up what XDP sends.
+            self.move_end((LEAST - length) as i32)?;
         }
+        Ok(())
     }
 }

@@ -12,6 +12,9 @@ use super::{Payload, Transport};
 use crate::met::{ACK, FIN, RST, SYN};
 use crate::packet::{Packet, Step};
 
+/// Offset of the byte that holds a TCP header's length.
+pub(crate) const TCP_DATA_OFFSET: usize = offset_of!(TcpHdr, _bitfield_1);
+
 /// Reads ports and flags. [`Outcome::OtherProtocol`] for other protocols.
 #[inline(always)]
 pub(crate) fn transport<P: Packet>(packet: &P, payload: &Payload) -> Step<Transport> {

@@ -8,7 +8,7 @@ mod l4;
 use svc_lb_common::{Be16, Protocol};
 
 pub(crate) use self::eth::{Network, network};
-pub(crate) use self::l4::transport;
+pub(crate) use self::l4::{TCP_DATA_OFFSET, transport};
 use crate::family::{Family, V4, V6};
 use crate::packet::{Packet, Step, Wire};
 

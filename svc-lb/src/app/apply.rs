@@ -11,6 +11,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use super::pods::Endpoints;
 use super::reconcile::Reconciler;
 use crate::compile::desired::PortKey;
 use crate::dataplane::clock::Clock;
@@ -60,6 +61,8 @@ pub(super) struct Inputs {
     pub(super) proxy_health: Arc<ProxyHealth>,
     /// Told which health checks to serve, where.
     pub(super) health_checks: mpsc::UnboundedSender<Edit>,
+    /// Told which endpoints are here, if somebody wants to know.
+    pub(super) endpoints: Option<watch::Sender<Endpoints>>,
     /// Told when the first complete lists are programmed.
     pub(super) programmed: watch::Sender<bool>,
     pub(super) cancel: CancellationToken,
@@ -74,6 +77,7 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
         mut questions,
         proxy_health,
         health_checks,
+        endpoints,
         programmed,
         cancel,
     } = inputs;
@@ -99,6 +103,9 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
             for edit in listen_on.into_iter().chain(services) {
                 // Who no longer listens ends with us.
                 drop(health_checks.send(edit));
+            }
+            if let Some(endpoints) = &endpoints {
+                tell_endpoints(&reconciler, endpoints);
             }
         }
         if !reconciler.settled() || !batches.is_empty() {
@@ -146,6 +153,18 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
             () = sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
         }
     }
+}
+
+/// Says which endpoints are here, if they are others than last time.
+fn tell_endpoints(reconciler: &Reconciler<Kernel>, told: &watch::Sender<Endpoints>) {
+    let here = reconciler.endpoints_here();
+    told.send_if_modified(|endpoints| {
+        let changed = endpoints.as_deref() != Some(&here);
+        if changed {
+            *endpoints = Some(Arc::new(here));
+        }
+        changed
+    });
 }
 
 fn set_node(reconciler: &mut Reconciler<Kernel>, node: &mut watch::Receiver<Arc<Node>>) {

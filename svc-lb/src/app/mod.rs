@@ -12,6 +12,7 @@ pub mod admin;
 mod apply;
 mod edges;
 mod flows;
+mod pods;
 pub mod reconcile;
 mod status;
 
@@ -48,12 +49,13 @@ use crate::dataplane::links::{Links, LinksError};
 use crate::dataplane::loader::{self, LoadError, Programs};
 use crate::dataplane::pins::{PinError, PinLock, Pins};
 use crate::dataplane::sizes::{MapSizes, SizeOverride};
+use crate::dataplane::vanished::{Vanished, VanishedError};
 use crate::dataplane::{DataplaneError, Timeouts, probe};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
 use crate::health::{proxy, services};
 use crate::model::{Batch, SourceId};
 use crate::node::ports::NodePorts;
-use crate::node::{self, NodeError};
+use crate::node::{self, Node, NodeError};
 use crate::observe::status::ProgramStatus;
 use crate::observe::tools;
 use crate::source;
@@ -121,6 +123,8 @@ pub enum AppError {
     Attach(#[from] AttachError),
     #[error(transparent)]
     Links(#[from] LinksError),
+    #[error(transparent)]
+    Vanished(#[from] VanishedError),
     #[error(transparent)]
     Node(#[from] NodeError),
     #[error(transparent)]
@@ -354,6 +358,7 @@ async fn start(
         admin.run(Arc::new(gatherer), cancel.clone()),
     );
     diagnostics(ebpf, &config, tasks)?;
+    let endpoints = start_pods(settings, &node, tasks)?;
     let inputs = apply::Inputs {
         timeouts: settings.timeouts,
         batches,
@@ -361,6 +366,7 @@ async fn start(
         questions: question_receiver,
         proxy_health: health,
         health_checks,
+        endpoints,
         programmed,
         cancel: cancel.clone(),
     };
@@ -426,6 +432,28 @@ fn start_health(
         services,
     };
     (edits, report)
+}
+
+/// Starts the task that sees pods vanish, if connections to them are to be reset; returns where to tell it of endpoints.
+fn start_pods(
+    settings: &Settings,
+    node: &watch::Receiver<Arc<Node>>,
+    tasks: &Tasks,
+) -> Result<Option<watch::Sender<pods::Endpoints>>, AppError> {
+    if settings.config.bits & config::RESET_VANISHED == 0 {
+        return Ok(None);
+    }
+    let (sender, endpoints) = watch::channel(None);
+    let run = pods::run(
+        Vanished::open(&settings.pins)?,
+        settings.edges.clone(),
+        node::requests()?,
+        node.clone(),
+        endpoints,
+        tasks.cancel.clone(),
+    );
+    tasks.spawn("pods", run);
+    Ok(Some(sender))
 }
 
 /// Starts the thread that owns the reconciler: a long write then delays nobody else.

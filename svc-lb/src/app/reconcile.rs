@@ -240,6 +240,11 @@ impl<D: Dataplane> Reconciler<D> {
         self.listen_on.take()
     }
 
+    /// Addresses of endpoints on this node, whatever their condition.
+    pub fn endpoints_here(&self) -> BTreeSet<IpAddr> {
+        self.model.endpoints_here().collect()
+    }
+
     /// The node is about to be deleted.
     pub fn node_leaves(&self) -> bool {
         self.model.node_leaves()

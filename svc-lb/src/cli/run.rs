@@ -154,6 +154,16 @@ struct RefusalArgs {
         default_value_t
     )]
     unallocated_address: UnallocatedAddress,
+    /// Whose open TCP connections are reset when their backend is gone for good: no endpoint any more, and the pod's
+    /// interface gone
+    #[arg(
+        long,
+        value_name = "WHOSE",
+        env = "SVC_LB_RESET_GONE_BACKENDS",
+        value_enum,
+        default_value_t
+    )]
+    reset_gone_backends: ResetGoneBackends,
 }
 
 impl RefusalArgs {
@@ -163,8 +173,13 @@ impl RefusalArgs {
             no_local_endpoint,
             undefined_port,
             unallocated_address,
+            reset_gone_backends,
         } = self;
         [
+            (
+                config::RESET_VANISHED,
+                reset_gone_backends == ResetGoneBackends::Local,
+            ),
             (
                 config::REJECT_NO_LOCAL,
                 no_local_endpoint == NoLocalEndpoint::Reject,
@@ -206,6 +221,16 @@ enum UnallocatedAddress {
     Drop,
     /// They go where the node's routes lead, as by its iptables mode.
     Pass,
+}
+
+/// `--reset-gone-backends`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, ValueEnum)]
+enum ResetGoneBackends {
+    /// Nobody's, as by kube-proxy: their ends wait until they give up.
+    #[default]
+    Off,
+    /// Those to pods of this node, on the client's next packet.
+    Local,
 }
 
 /// `--no-local-endpoint`.
@@ -672,12 +697,14 @@ mod tests {
         assert_eq!(settings.node_ports, [NodePorts::All]);
     }
 
-    /// C3, C6, E3, E4: what is not served is refused as told.
+    /// C3, C6, E3, E4, G4: what is not served is refused as told.
     #[test]
     fn refusals_follow_the_command_line() {
         let bits = |line: &str| parse(line).unwrap().config.bits;
-        let all =
-            config::REJECT_NO_LOCAL | config::REJECT_UNDEFINED_PORT | config::DROP_UNALLOCATED;
+        let all = config::REJECT_NO_LOCAL
+            | config::REJECT_UNDEFINED_PORT
+            | config::DROP_UNALLOCATED
+            | config::RESET_VANISHED;
         let plain = bits("svc-lb run --manifests a --node-name n");
         assert_eq!(
             plain & all,
@@ -685,9 +712,12 @@ mod tests {
         );
         let other = bits(
             "svc-lb run --manifests a --node-name n --no-local-endpoint reject \
-             --undefined-port pass --unallocated-address pass",
+             --undefined-port pass --unallocated-address pass --reset-gone-backends local",
         );
-        assert_eq!(other & all, config::REJECT_NO_LOCAL);
+        assert_eq!(
+            other & all,
+            config::REJECT_NO_LOCAL | config::RESET_VANISHED
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use aya_obj::generated::{bpf_func_id, bpf_prog_type};
-use nix::time::{ClockId, clock_getres};
+use nix::time::{ClockId, clock_getres, clock_gettime};
 
 use super::FlowClock;
 use super::sys::{self, insn};
@@ -52,6 +52,16 @@ pub fn jiffies_per_second() -> io::Result<u32> {
         .ok()
         .filter(|hz| (24..=10_000).contains(hz))
         .ok_or_else(|| io::Error::other(format!("a tick of {tick} ns")))
+}
+
+/// Seconds since the machine's start.
+#[must_use]
+pub fn boot_seconds() -> u64 {
+    // The clock is there, and its time positive.
+    clock_gettime(ClockId::CLOCK_BOOTTIME)
+        .ok()
+        .and_then(|time| u64::try_from(time.tv_sec()).ok())
+        .unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -32,6 +32,7 @@ pub mod probe;
 pub mod sizes;
 pub mod sys;
 pub mod timeouts;
+pub mod vanished;
 
 pub use self::timeouts::{FlowState, Timeouts};
 

@@ -69,6 +69,7 @@ impl MapSizes {
             (name::STREAMS, established / 4),
             (name::AFFINITY, limits::AFFINITY),
             (name::SOURCE_RANGES, limits::SOURCE_RANGES),
+            (name::VANISHED, limits::VANISHED),
         ];
         for (names, entries) in families {
             sizes.extend(names.map(|name| (name, entries)));

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     change::{Edit, Kind, Object, ObjectKey},
-    object::{EndpointSlice, NodeFacts, ObjectName, Service},
+    object::{Endpoint, EndpointSlice, NodeFacts, ObjectName, Service},
 };
 
 /// Services, their endpoints and this node.
@@ -23,6 +23,8 @@ pub struct Model {
     slices: BTreeMap<ObjectName, EndpointSlice>,
     /// Names of the slices of each Service, known or not.
     slices_of: BTreeMap<ObjectName, BTreeSet<String>>,
+    /// Addresses of endpoints on this node, and how many endpoints have each.
+    here: BTreeMap<IpAddr, usize>,
 }
 
 impl Model {
@@ -39,6 +41,7 @@ impl Model {
             services: BTreeMap::new(),
             slices: BTreeMap::new(),
             slices_of: BTreeMap::new(),
+            here: BTreeMap::new(),
         }
     }
 
@@ -119,6 +122,26 @@ impl Model {
         })
     }
 
+    /// Addresses of endpoints on this node, whatever their condition.
+    pub fn endpoints_here(&self) -> impl Iterator<Item = IpAddr> {
+        self.here.keys().copied()
+    }
+
+    fn count_endpoints(&mut self, slice: &EndpointSlice, leaves: bool) {
+        let local = |endpoint: &&Endpoint| endpoint.node.as_deref() == Some(&*self.node.name);
+        for endpoint in slice.endpoints.iter().filter(local) {
+            let count = self.here.entry(endpoint.address).or_default();
+            if leaves {
+                *count -= 1;
+            } else {
+                *count += 1;
+            }
+            if *count == 0 {
+                self.here.remove(&endpoint.address);
+            }
+        }
+    }
+
     fn upsert_service(&mut self, service: Arc<Service>, affected: &mut BTreeSet<ObjectName>) {
         if self.services.get(&service.name) == Some(&service) {
             return;
@@ -139,13 +162,16 @@ impl Model {
             .entry(owner)
             .or_default()
             .insert(slice.name.name.clone());
+        self.count_endpoints(&slice, false);
         self.slices.insert(slice.name.clone(), slice);
     }
 
     fn remove_slice(&mut self, name: &ObjectName, affected: &mut BTreeSet<ObjectName>) {
-        let Some(owner) = self.slices.remove(name).and_then(|slice| slice.owner()) else {
+        let Some(slice) = self.slices.remove(name) else {
             return;
         };
+        self.count_endpoints(&slice, true);
+        let Some(owner) = slice.owner() else { return };
         if let Some(names) = self.slices_of.get_mut(&owner) {
             names.remove(&name.name);
             if names.is_empty() {

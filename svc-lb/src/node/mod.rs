@@ -5,6 +5,7 @@ pub mod ports;
 mod read;
 pub mod snat_ports;
 mod watch;
+pub mod whereabouts;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;

@@ -107,7 +107,7 @@ pub(super) async fn default_routes(handle: &Handle) -> Result<BTreeSet<u32>, Nod
     Ok(interfaces)
 }
 
-fn list(what: &'static str, source: rtnetlink::Error) -> NodeError {
+pub(super) fn list(what: &'static str, source: rtnetlink::Error) -> NodeError {
     NodeError::List {
         what,
         source: Box::new(source),

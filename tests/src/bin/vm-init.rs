@@ -20,7 +20,7 @@ use nix::unistd::sync;
 use svc_lb::dataplane::loader;
 use svc_lb::dataplane::pins::Pins;
 use svc_lb::dataplane::sizes::MapSizes;
-use svc_lb_common::config::Config;
+use svc_lb_common::config::{self, Config};
 use svc_lb_tests::lab::addresses::{NODE_A, SERVICES};
 use svc_lb_tests::lab::agent::{self, AgentConfig, AgentProcess};
 use svc_lb_tests::lab::client::Client;
@@ -147,23 +147,30 @@ fn check() -> Result<()> {
     Ok(())
 }
 
-/// The verifier of this kernel takes every program.
+/// The verifier of this kernel takes every program, as it is by default, and with all that can be switched on.
 fn load() -> Result<()> {
-    let pins = Pins::new("/sys/fs/bpf/vm-init");
-    pins.prepare()?;
-    let loaded = loader::load(&loader::Settings {
-        object: loader::object()?,
-        pins: &pins,
-        sizes: &MapSizes::for_memory(0),
-        config: Config::DEFAULT,
-    })?;
-    if let Some(refused) = loaded.programs.xdp_refused {
-        return Err(refused.into());
+    for bits in [Config::DEFAULT.bits, !config::DIAGNOSTICS] {
+        let pins = Pins::new("/sys/fs/bpf/vm-init");
+        pins.prepare()?;
+        let loaded = loader::load(&loader::Settings {
+            object: loader::object()?,
+            pins: &pins,
+            sizes: &MapSizes::for_memory(0),
+            config: Config {
+                bits,
+                ..Config::DEFAULT
+            },
+        })?;
+        if let Some(refused) = loaded.programs.xdp_refused {
+            return Err(refused.into());
+        }
+        for (program, instructions) in loaded.programs.verified_instructions() {
+            say(&format!(
+                "{program}: {instructions} instructions verified, settings {bits:#x}"
+            ));
+        }
+        pins.remove()?;
     }
-    for (program, instructions) in loaded.programs.verified_instructions() {
-        say(&format!("{program}: {instructions} instructions verified"));
-    }
-    pins.remove()?;
     Ok(())
 }
 

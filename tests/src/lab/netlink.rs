@@ -214,6 +214,13 @@ impl Netlink {
         self.set(name, LinkUnspec::new_with_index(index).mtu(mtu).build())
     }
 
+    /// Sets an interface's MAC address.
+    pub fn mac(&self, name: &str, mac: Mac) -> Result<()> {
+        let index = self.index(name)?;
+        let message = LinkUnspec::new_with_index(index).address(mac.to_vec());
+        self.set(name, message.build())
+    }
+
     /// Removes an interface, for a veth both ends.
     pub fn remove(&self, name: &str) -> Result<()> {
         let index = self.index(name)?;

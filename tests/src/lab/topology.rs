@@ -24,6 +24,8 @@ use super::run::{self, Machine, Run};
 
 /// Ethernet address of the node's end of every routed pod's veth; gives [`POD_GATEWAY`]'s IPv6 address.
 const GATEWAY_MAC: Mac = [0xee; 6];
+/// The bridge's.
+const BRIDGE_MAC: Mac = [0x02, 0, 0, 0, 0xb, 0x1];
 /// The gateway of routed pods: answered by proxy ARP, and the link-local address of [`GATEWAY_MAC`].
 const POD_GATEWAY: Dual = Dual::new(
     Ipv4Addr::new(169, 254, 1, 1),
@@ -200,12 +202,7 @@ impl LabBuilder {
     /// Adds a pod with given addresses, which say where it belongs: in [`BRIDGED`] it is a bridged pod.
     #[must_use]
     pub fn pod_at(self, name: &str, node: NodeName, addr: Dual) -> Self {
-        let attach = if BRIDGED.holds(addr) {
-            Attach::Bridged
-        } else {
-            Attach::Routed
-        };
-        self.with(name, node, attach, Some(addr))
+        self.with(name, node, attach_of(addr), Some(addr))
     }
 
     /// Adds `count` outside clients.
@@ -447,6 +444,18 @@ impl Lab {
         Ok(self.pod(name))
     }
 
+    /// Adds a pod with given addresses, like [`LabBuilder::pod_at`].
+    pub fn add_pod_at(&mut self, name: &str, node: NodeName, addr: Dual) -> Result<&Pod> {
+        let spec = PodSpec {
+            name: name.to_owned(),
+            node,
+            attach: attach_of(addr),
+            addr: Some(addr),
+        };
+        self.make_pod(spec)?;
+        Ok(self.pod(name))
+    }
+
     /// Removes a pod: its namespace with its servers, its interface, its routes.
     pub fn remove_pod(&mut self, name: &str) -> Result<()> {
         let pod = self
@@ -618,6 +627,15 @@ impl Lab {
     }
 }
 
+/// How a pod with these addresses is attached.
+fn attach_of(addr: Dual) -> Attach {
+    if BRIDGED.holds(addr) {
+        Attach::Bridged
+    } else {
+        Attach::Routed
+    }
+}
+
 /// Thousands of connections have both their ends in this process.
 fn raise_file_limit() -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("read the limit of open files")?;
@@ -718,6 +736,8 @@ fn bridge_pod(home: &Namespace, interface: &str, pod: &Netlink, addr: Dual) -> R
     let gateway = BRIDGED.nth(1);
     if home.netlink().index(BRIDGE).is_err() {
         home.netlink().bridge(BRIDGE)?;
+        // Else it has that of a port, and another one when the port goes.
+        home.netlink().mac(BRIDGE, BRIDGE_MAC)?;
         assign(
             home.netlink(),
             BRIDGE,

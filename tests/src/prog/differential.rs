@@ -104,6 +104,7 @@ impl Round {
             round.describe(number);
         }
         round.program();
+        round.lose_pods();
         round
     }
 
@@ -130,44 +131,52 @@ impl Round {
     /// Now and then changes what packets meet.
     fn disturb(&mut self) {
         match self.rng.u32(..6_000) {
-            0..30 => {
+            0..90 => {
                 for _ in 0..self.rng.usize(1..3) {
                     let number = self.rng.usize(..SERVICES);
                     self.describe(number);
                 }
                 self.program();
             }
-            30..60 => {
+            90..120 => {
                 let tokens = self.rng.choice([0, 1, 5, 80]).expect("a number");
                 if self.rig.set_tokens(tokens) {
                     self.reference.tokens = tokens;
                 }
             }
-            60..63 => {
+            120..123 => {
                 let long_ago = u64::from(self.rig.config.hz) * 1_000_000;
                 self.rig
                     .change_pins(|pin| pin.seen = pin.seen.wrapping_sub(long_ago));
                 self.reference.age_pins();
             }
-            63..66 => self.break_a_service(),
-            66..69 => {
+            123..126 => self.break_a_service(),
+            126..129 => {
                 self.rig.clear_flows();
                 self.reference.clear_flows();
             }
-            69..72 => {
+            129..132 => {
                 plan::reclaim(&mut self.rig.planner, &self.rig.kernel).expect("a grace period");
             }
-            72..90 => {
+            132..150 => {
                 self.rig.age_datagrams();
                 self.reference.age_datagrams();
             }
-            90..190 => {
+            150..250 => {
                 if let Some([lost, kept]) = self.reference.evict(self.rng.u64(..)) {
                     self.rig.evict(&lost, &kept);
                 }
             }
+            250..280 => self.lose_pods(),
             _ => {}
         }
+    }
+
+    /// Says of most pods that they have vanished.
+    fn lose_pods(&mut self) {
+        let pods = random::pods(&mut self.rng);
+        self.rig.set_vanished(&pods);
+        self.reference.vanished = pods;
     }
 
     /// Describes a service anew; to be programmed.

@@ -553,13 +553,48 @@ impl Frame {
         };
         let check = (!fold(sum(total, &message))).to_ne_bytes();
         message.splice(2..4, check);
+        self.answered_with(0xc0, number, message)
+    }
 
+    /// The reset of this segment's connection, as this segment's destination sends it when it knows nothing of it (RFC 9293
+    /// 3.10.7.1).
+    ///
+    /// # Panics
+    /// If this is no TCP segment.
+    #[must_use]
+    pub fn reset(&self) -> Vec<u8> {
+        let Transport::Tcp { flags } = self.transport else {
+            panic!("{:?} has no connection", self.transport)
+        };
+        let [sequence, expected] = self.numbers;
+        let ends = [flags::SYN, flags::FIN].map(|end| u32::from(flags & end != 0));
+        let sent = u32::try_from(self.payload.len()).expect("frames are short");
+        let (flags, numbers) = if flags & flags::ACK != 0 {
+            (flags::RST, [expected, 0])
+        } else {
+            let next = sequence.wrapping_add(sent).wrapping_add(ends.iter().sum());
+            (flags::RST | flags::ACK, [0, next])
+        };
+        let mut segment = Vec::new();
+        segment.extend(self.destination.port().to_be_bytes());
+        segment.extend(self.source.port().to_be_bytes());
+        segment.extend(numbers.map(u32::to_be_bytes).concat());
+        segment.extend([0x50, flags, 0, 0, 0, 0, 0, 0]);
+        let addresses = pseudo_sum(self.source.ip(), self.destination.ip());
+        let total = sum(addresses, &[0, 20, 0, next::TCP]);
+        let check = (!fold(sum(total, &segment))).to_ne_bytes();
+        segment.splice(16..18, check);
+        self.answered_with(0, next::TCP, segment)
+    }
+
+    /// A frame back from this one's destination, of a node's making.
+    fn answered_with(&self, service: u8, number: u8, message: Vec<u8>) -> Vec<u8> {
         let [destination, source] = self.macs;
         let mut out = [source, destination].concat();
-        out.extend(&bytes[12..l3]);
+        out.extend(&self.to_bytes()[12..self.l3()]);
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let mut header = vec![0x45, 0xc0];
+                let mut header = vec![0x45, service];
                 header.extend(be16(20 + message.len()));
                 header.extend([0, 0, 0x40, 0, 64, number, 0, 0]);
                 header.extend(destination.octets());

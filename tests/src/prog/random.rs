@@ -1,5 +1,6 @@
 //! Random services and random packets, made to meet: few addresses, few ports, all kinds of both.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use fastrand::Rng;
@@ -7,7 +8,7 @@ use ipnet::IpNet;
 use svc_lb::compile::desired::{Backend, DesiredPort, FrontendKind, Selection};
 use svc_lb_common::config::{
     Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, MASQUERADE_ALL, REJECT_NO_LOCAL,
-    REJECT_UNDEFINED_PORT, SNAT_ALWAYS,
+    REJECT_UNDEFINED_PORT, RESET_VANISHED, SNAT_ALWAYS,
 };
 use svc_lb_common::outcome::Hook;
 use svc_lb_common::{Addr4, Addr6, Family, Protocol};
@@ -87,6 +88,9 @@ pub fn setup(rng: &mut Rng) -> Setup {
         snat_last: 61_000 + rng.u16(..5),
         ..plain.config
     };
+    if rng.u8(..8) > 0 {
+        config.bits |= RESET_VANISHED;
+    }
     if rng.u8(..3) == 0 {
         config.service_mask4 = Addr4(0);
         config.service_mask6 = Addr6([0; 4]);
@@ -101,6 +105,15 @@ pub fn node_addresses() -> Vec<IpAddr> {
         .into_iter()
         .flat_map(|family| (0..2).map(move |n| address(family, Role::Node, n)))
         .collect()
+}
+
+/// Most of the pods that services may have.
+#[must_use]
+pub fn pods(rng: &mut Rng) -> BTreeSet<IpAddr> {
+    let all = [Family::V4, Family::V6]
+        .into_iter()
+        .flat_map(|family| (0..8).map(move |n| address(family, Role::Pod, n)));
+    all.filter(|_| rng.u8(..8) > 0).collect()
 }
 
 /// The port of one service, or none: then the service is gone.

@@ -17,7 +17,7 @@ use svc_lb::dataplane::{
 use svc_lb_common::backend::{GONE, IN_CLUSTER, IN_LOCAL, LOCAL, SERVING};
 use svc_lb_common::config::{
     Config, DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, MASQUERADE_ALL, REJECT_NO_LOCAL,
-    REJECT_UNDEFINED_PORT, SNAT_ALWAYS,
+    REJECT_UNDEFINED_PORT, RESET_VANISHED, SNAT_ALWAYS,
 };
 use svc_lb_common::edge::{self, Edge};
 use svc_lb_common::guard::{self, BACKEND, FRONTEND, NODE};
@@ -55,6 +55,8 @@ const CHAIN: usize = 6;
 const PROOF: i32 = 65_536;
 /// Source ports that are tried for a flow.
 const PORT_TRIES: u64 = 8;
+/// Ethernet's shortest frame, which XDP sends no shorter one than.
+const SHORTEST: usize = 60;
 /// At most so much of a packet is quoted in an ICMP error.
 const QUOTE: usize = 128;
 
@@ -68,7 +70,9 @@ pub struct Reference {
     flows: Flows,
     pins: HashMap<(IpAddr, u32), Pin>,
     direct: BTreeSet<u32>,
-    /// ICMP errors that may still be sent.
+    /// Pods of this node that are gone.
+    pub vanished: BTreeSet<IpAddr>,
+    /// Packets that may still be sent.
     pub tokens: u32,
 }
 
@@ -296,6 +300,8 @@ enum Exit {
     Along(u64, Side, Outcome),
     /// Not at all, and its sender is told why.
     Tell(Told),
+    /// Not at all, and its sender's connection is reset.
+    Reset,
 }
 
 /// What a sender is told by an ICMP error.
@@ -347,6 +353,7 @@ impl Reference {
             flows: Flows::default(),
             pins: HashMap::new(),
             direct: BTreeSet::new(),
+            vanished: BTreeSet::new(),
             tokens: config.generate_burst,
         }
     }
@@ -464,6 +471,7 @@ impl Reference {
         self.guard_ports(hints, &read)?;
         match self.route(at, hints, &read, events)? {
             Exit::Tell(told) => self.tell(at, &read, told),
+            Exit::Reset => self.reset(at, &read),
             Exit::Along(id, side, outcome) if self.flows.connections[&id].snat => {
                 self.send_away(at, &read, id, side, outcome)
             }
@@ -537,6 +545,14 @@ impl Reference {
         let found = self.flows.find(&read.tuple);
         let ended = found.filter(|(id, side)| self.has_ended(*id, *side, read));
         match (found, ended) {
+            (Some((id, _)), None) if self.has_vanished(found, read) => {
+                let reset = Read {
+                    flags: read.flags | flags::RST,
+                    ..*read
+                };
+                self.note(id, Side::Client, &reset, events);
+                Ok(Exit::Reset)
+            }
             (Some((id, side)), None) => Ok(self.follow(id, side, read, events)),
             (Some((id, side)), Some(_)) => self.open(at, hints, read, Some((id, side)), events),
             (None, _) => self.open(at, hints, read, None, events),
@@ -565,6 +581,30 @@ impl Reference {
         } else {
             read.opens() && (connection.is_closed() || !serves)
         }
+    }
+
+    /// Whether a client's segment goes to a pod of this node that is gone, endpoint and all.
+    fn has_vanished(&self, found: Option<(u64, Side)>, read: &Read) -> bool {
+        let Some((id, Side::Client)) = found else {
+            return false;
+        };
+        let Connection {
+            member: Some((backend, generation, _)),
+            backend: pod,
+            ..
+        } = self.flows.connections[&id]
+        else {
+            return false;
+        };
+        let family = Family::of(pod.ip());
+        let record = self.tables.backends.get(&(family, backend));
+        let is_endpoint =
+            record.is_some_and(|record| record.generation == generation && record.bits & GONE == 0);
+        self.is_on(RESET_VANISHED)
+            && read.tuple.protocol == next::TCP
+            && read.flags & flags::RST == 0
+            && !is_endpoint
+            && self.vanished.contains(&pod.ip())
     }
 
     /// Notes a packet along a flow; a client's after the backend's answer confirms it.
@@ -1064,13 +1104,7 @@ impl Reference {
     fn tell(&mut self, at: At<'_>, read: &Read, told: Told) -> Step<(Verdict, Outcome, Vec<u8>)> {
         let frame = at.frame;
         let (source, destination) = (read.tuple.source.ip(), read.tuple.destination.ip());
-        if frame[0] & 1 != 0 || !is_one_host(source) || !is_one_host(destination) {
-            return Err(Outcome::RejectSilent);
-        }
-        if self.tokens == 0 {
-            return Err(Outcome::RejectLimited);
-        }
-        self.tokens -= 1;
+        self.may_answer(frame, read)?;
         let own = self.links.get(&at.interface).map(|link| match destination {
             IpAddr::V4(_) => IpAddr::from(Ipv4Addr::from(link.v4)),
             IpAddr::V6(_) => IpAddr::from(Ipv6Addr::from(link.v6)),
@@ -1082,23 +1116,9 @@ impl Reference {
         let quoted = (read.l4 - read.l3 + 8).min(QUOTE);
         let quote = &frame[read.l3..read.l3 + quoted];
         let length = u16::try_from(8 + quoted).expect("a short quote");
-        let mut out = frame[..read.l3].to_vec();
-        turn(&mut out);
         let v4 = source.is_ipv4();
-        if v4 {
-            let mut header = vec![0x45, 0xc0];
-            header.extend((20 + length).to_be_bytes());
-            header.extend([0, 0, 0x40, 0, 64, next::ICMP, 0, 0]);
-            header.extend([octets(speaker), octets(source)].concat());
-            let check = checksum(&[&header]);
-            put(&mut header, 10, &check);
-            out.extend(header);
-        } else {
-            out.extend([0x60, 0, 0, 0]);
-            out.extend(length.to_be_bytes());
-            out.extend([next::ICMP6, 64]);
-            out.extend([octets(speaker), octets(source)].concat());
-        }
+        let number = if v4 { next::ICMP } else { next::ICMP6 };
+        let mut out = back(&frame[..read.l3], [speaker, source], (0xc0, number), length);
         let (kind, code) = match (told, v4) {
             (Told::TimeExceeded, true) => (11, 0),
             (Told::TimeExceeded, false) => (3, 0),
@@ -1131,6 +1151,56 @@ impl Reference {
             Told::TooBig(_) => Outcome::TooBig,
         };
         Ok((Verdict::Back, outcome, out))
+    }
+
+    /// Turns a segment into the reset of its connection (RFC 9293 3.10.7.1).
+    fn reset(&mut self, at: At<'_>, read: &Read) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let frame = at.frame;
+        self.may_answer(frame, read)?;
+        let Tuple {
+            source,
+            destination,
+            ..
+        } = read.tuple;
+        let (flags, numbers) = if read.flags & flags::ACK != 0 {
+            (flags::RST, [read.acknowledges, 0])
+        } else {
+            let headers = read.l4 - read.l3 + usize::from(frame[read.l4 + 12] >> 4) * 4;
+            let data = u32::from(read.length)
+                .saturating_sub(u32::try_from(headers).expect("headers are short"));
+            let ends = [flags::SYN, flags::FIN].map(|end| u32::from(read.flags & end != 0));
+            let next = read.sequence.expect("a segment has one");
+            let next = next.wrapping_add(data).wrapping_add(ends.iter().sum());
+            (flags::RST | flags::ACK, [0, next])
+        };
+        let mut segment = [destination.port(), source.port()]
+            .map(u16::to_be_bytes)
+            .concat();
+        segment.extend(numbers.map(u32::to_be_bytes).concat());
+        segment.extend([0x50, flags, 0, 0, 0, 0, 0, 0]);
+        let ends = [destination.ip(), source.ip()];
+        let pseudo = [ends.map(octets).concat(), vec![0, next::TCP, 0, 20]].concat();
+        let check = checksum(&[&pseudo, &segment]);
+        put(&mut segment, 16, &check);
+        let mut out = back(&frame[..read.l3], ends, (0, next::TCP), 20);
+        out.extend(segment);
+        if at.hook == Hook::XdpIngress {
+            out.resize(out.len().max(SHORTEST), 0);
+        }
+        Ok((Verdict::Back, Outcome::Reset, out))
+    }
+
+    /// Whether a packet may be answered by one that nobody asked for.
+    fn may_answer(&mut self, frame: &[u8], read: &Read) -> Step<()> {
+        let ends = [read.tuple.source, read.tuple.destination];
+        if frame[0] & 1 != 0 || !ends.iter().all(|end| is_one_host(end.ip())) {
+            return Err(Outcome::RejectSilent);
+        }
+        if self.tokens == 0 {
+            return Err(Outcome::RejectLimited);
+        }
+        self.tokens -= 1;
+        Ok(())
     }
 
     const fn is_on(&self, bit: u32) -> bool {
@@ -1242,6 +1312,29 @@ fn hash(seed: u64, source: SocketAddr, destination: SocketAddr, protocol: u8) ->
         ),
         mixed => panic!("a tuple has one family: {mixed:?}"),
     }
+}
+
+/// A frame that goes back where one with this link-layer header came from, up to its network header: from the first
+/// address to the second, type of service and protocol, and what follows.
+fn back(link: &[u8], ends: [IpAddr; 2], (service, protocol): (u8, u8), length: u16) -> Vec<u8> {
+    let mut out = link.to_vec();
+    turn(&mut out);
+    let addresses = ends.map(octets).concat();
+    if ends[0].is_ipv4() {
+        let mut header = vec![0x45, service];
+        header.extend((20 + length).to_be_bytes());
+        header.extend([0, 0, 0x40, 0, 64, protocol, 0, 0]);
+        header.extend(addresses);
+        let check = checksum(&[&header]);
+        put(&mut header, 10, &check);
+        out.extend(header);
+    } else {
+        out.extend([0x60, 0, 0, 0]);
+        out.extend(length.to_be_bytes());
+        out.extend([protocol, 64]);
+        out.extend(addresses);
+    }
+    out
 }
 
 /// Whether an ICMP error may be sent to the address (RFC 1122 3.2.2).

@@ -1,6 +1,6 @@
 //! The programs and their maps, on the bench.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -247,6 +247,13 @@ impl Rig {
         self.planner
             .set_service(&ObjectName::new("test", service), ports);
         self.apply();
+    }
+
+    /// Says which pods of this node have vanished.
+    pub fn set_vanished(&mut self, pods: &BTreeSet<IpAddr>) {
+        let [v4, v6] = name::VANISHED;
+        replace::<Addr4>(self.map(v4), pods);
+        replace::<Addr6>(self.map(v6), pods);
     }
 
     /// Writes what is pending.
@@ -518,6 +525,18 @@ impl Rig {
                 change_all::<AffinityKey<Addr6>, _>(map, &|_, pin| change(pin));
             }
         }
+    }
+}
+
+/// Makes a map hold one family's addresses, and nothing else.
+fn replace<A: HostAddress>(map: &mut Map, addresses: &BTreeSet<IpAddr>) {
+    let mut map: aya::maps::HashMap<_, A, u64> = map.try_into().expect("a hash");
+    let there: Vec<A> = map.keys().map(|key| key.expect("a key")).collect();
+    for key in there {
+        map.remove(&key).expect("an entry is removed");
+    }
+    for address in addresses.iter().filter_map(|at| A::from_ip(*at)) {
+        map.insert(address, 0, 0).expect("an entry is put");
     }
 }
 

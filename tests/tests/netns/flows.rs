@@ -1,21 +1,23 @@
 //! Flows that live through floods, and flows that end.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
 use svc_lb_tests::lab::addresses::NODE_A;
 use svc_lb_tests::lab::agent::AgentProcess;
-use svc_lb_tests::lab::client::Client;
-use svc_lb_tests::lab::{Family, Lab, Namespace, eventually, privileged};
+use svc_lb_tests::lab::client::{Client, Echo};
+use svc_lb_tests::lab::{Family, Lab, Namespace, NodeName, eventually, privileged};
 use svc_lb_tests::prog::Frame;
 use svc_lb_tests::prog::frame::flags::{ACK, SYN};
 
 use crate::cluster::{
-    CLUSTER_IP, NODE_ECHO, NODE_PORT, NODE_UDP, everywhere, serve_all, start_with,
+    BRIEF, CLUSTER_IP, NODE_ECHO, NODE_PORT, NODE_UDP, everywhere, lab, serve, serve_all, settles,
+    start_with,
 };
 
 /// Forged sources of each kind of flood: many times what the maps hold.
@@ -229,4 +231,181 @@ fn flows_that_are_over_are_collected() {
     for connection in &mut resting {
         connection.ping("still here").unwrap();
     }
+}
+
+/// Longer than the agent waits before it looks for pods again.
+const FOUND: Duration = Duration::from_secs(3);
+
+/// A client of each kind and family with a connection to a given server, of which it has not heard since.
+fn connections_to(lab: &Lab, server: &str) -> Vec<Echo> {
+    let outside = lab.client(0).ns();
+    let inside = ["client-r", "client-b"].map(|name| lab.pod(name).ns());
+    let mut connections = Vec::new();
+    for family in Family::BOTH {
+        for (ns, frontend) in [
+            (inside[0], CLUSTER_IP),
+            (inside[1], CLUSTER_IP),
+            (outside, NODE_PORT),
+        ] {
+            let to = frontend.addr.socket(family, frontend.echo);
+            let mut tries = (0..100).map(|_| Client::of(ns).patience(HANGS).echo(to).unwrap());
+            let mut connection = tries.find(|echo| echo.server() == server).unwrap();
+            connection.ping("hello").unwrap();
+            connections.push(connection);
+        }
+    }
+    connections
+}
+
+/// How long a client waits for an answer that does not come.
+const HANGS: Duration = Duration::from_secs(12);
+
+/// What a client's wait ends with.
+fn end_of(connection: &mut Echo) -> std::io::ErrorKind {
+    let error = connection.ping("are you there?").unwrap_err();
+    let error = error.downcast_ref::<std::io::Error>();
+    error.map_or(std::io::ErrorKind::Other, std::io::Error::kind)
+}
+
+/// Runs `act` while every connection hangs; what their waits end with, and how long after `act`.
+fn ends_after(connections: &mut [Echo], act: impl FnOnce()) -> Vec<(std::io::ErrorKind, Duration)> {
+    thread::scope(|scope| {
+        let waits: Vec<_> = connections
+            .iter_mut()
+            .map(|connection| scope.spawn(|| (end_of(connection), Instant::now())))
+            .collect();
+        thread::sleep(Duration::from_secs(1));
+        let acted = Instant::now();
+        act();
+        let ends = waits.into_iter().map(|wait| wait.join().unwrap());
+        ends.map(|(end, at)| (end, at.saturating_duration_since(acted)))
+            .collect()
+    })
+}
+
+/// G4: with `--reset-gone-backends local` clients that hang, because their pod is gone without a word, are reset as soon as the
+/// endpoint is gone too, and not while it terminates; those that rest are on their next packet. Connections to other pods, also
+/// of another node that is gone, are left alone. A new pod with the same address answers for itself.
+#[test]
+fn connections_to_pods_that_are_gone_are_reset() {
+    if !privileged() {
+        return;
+    }
+    let mut lab = lab();
+    let mut servers: BTreeMap<_, _> = lab
+        .pods()
+        .map(|pod| (pod.name().to_owned(), serve(pod)))
+        .collect();
+    let web =
+        |lab: &Lab, pods: &[&str]| everywhere("web").pods(pods.iter().map(|pod| lab.pod(pod)));
+    let (manifests, agent) = start_with(&lab, &[web(&lab, &["r1", "b1", "far"])], |config| {
+        config.args(["--reset-gone-backends", "local"])
+    });
+    let mut hanging = Vec::new();
+    let mut resting = Vec::new();
+    for server in ["r1", "b1"] {
+        hanging.extend(connections_to(&lab, server));
+        resting.extend(connections_to(&lab, server));
+    }
+    let mut elsewhere = connections_to(&lab, "far");
+    thread::sleep(FOUND);
+
+    let dying = web(&lab, &["far"]);
+    let dying = ["r1", "b1"].iter().fold(dying, |service, pod| {
+        service.with_conditions(lab.pod(pod), [false, false, true])
+    });
+    let without = web(&lab, &["far"]);
+    manifests.write(&[dying]).unwrap();
+    let address = lab.pod("r1").addr();
+    for pod in ["r1", "b1"] {
+        lab.remove_pod(pod).unwrap();
+        drop(servers.remove(pod));
+    }
+    thread::sleep(FOUND);
+    let ends = ends_after(&mut hanging, || {
+        thread::sleep(FOUND);
+        assert_eq!(counted(&agent, "tc_ingress", "reset"), 0, "still endpoints");
+        manifests.write(&[without]).unwrap();
+    });
+    for (end, after) in ends {
+        assert_eq!(end, std::io::ErrorKind::ConnectionReset);
+        // Its next try: they double, from a fifth of a second.
+        assert!(after > FOUND && after < Duration::from_secs(9), "{after:?}");
+    }
+    for connection in &mut resting {
+        let begin = Instant::now();
+        assert_eq!(end_of(connection), std::io::ErrorKind::ConnectionReset);
+        let took = begin.elapsed();
+        assert!(took < Duration::from_millis(500), "{took:?}");
+    }
+    for connection in &mut elsewhere {
+        let ends = connection.ends().unwrap();
+        let lives = connection.ping("still here");
+        lives.unwrap_or_else(|error| panic!("{ends:?}: {error:#}"));
+    }
+    let resets = counted(&agent, "tc_ingress", "reset");
+    assert!(resets >= 24, "{resets}");
+
+    // Again, with a successor that has the address.
+    let successor = lab.add_pod_at("r1", NodeName::A, address).unwrap();
+    let successor = serve(successor);
+    manifests.write(&[web(&lab, &["r1"])]).unwrap();
+    settles(
+        Client::of(lab.pod("client-r").ns()),
+        CLUSTER_IP.addr.socket(Family::V4, CLUSTER_IP.echo),
+        &["r1"],
+    );
+    let mut old = connections_to(&lab, "r1");
+    thread::sleep(FOUND);
+    manifests.write(&[web(&lab, &[])]).unwrap();
+    lab.remove_pod("r1").unwrap();
+    drop(successor);
+    lab.add_pod_at("r1", NodeName::A, address).unwrap();
+    let _successor = serve(lab.pod("r1"));
+    manifests.write(&[web(&lab, &["r1"])]).unwrap();
+    settles(
+        Client::of(lab.pod("client-r").ns()),
+        CLUSTER_IP.addr.socket(Family::V6, CLUSTER_IP.echo),
+        &["r1"],
+    );
+    thread::sleep(BRIEF);
+    let resets = counted(&agent, "tc_ingress", "reset");
+    for connection in &mut old {
+        assert_eq!(end_of(connection), std::io::ErrorKind::ConnectionReset);
+    }
+    assert_eq!(
+        counted(&agent, "tc_ingress", "reset"),
+        resets,
+        "by the pod itself"
+    );
+    drop(connections_to(&lab, "r1"));
+}
+
+/// G4: without the setting nothing is sent: clients of a pod that is gone hang.
+#[test]
+fn connections_to_pods_that_are_gone_hang_by_default() {
+    if !privileged() {
+        return;
+    }
+    let mut lab = lab();
+    let mut servers: BTreeMap<_, _> = lab
+        .pods()
+        .map(|pod| (pod.name().to_owned(), serve(pod)))
+        .collect();
+    let (manifests, agent) =
+        start_with(&lab, &[everywhere("web").pods([lab.pod("r1")])], |config| {
+            config
+        });
+    let mut hanging = connections_to(&lab, "r1");
+    thread::sleep(FOUND);
+    lab.remove_pod("r1").unwrap();
+    drop(servers.remove("r1"));
+    let ends = ends_after(&mut hanging, || {
+        manifests.write(&[everywhere("web")]).unwrap();
+    });
+    for (end, after) in ends {
+        assert_eq!(end, std::io::ErrorKind::WouldBlock);
+        assert!(after + FOUND > HANGS, "{after:?}");
+    }
+    assert_eq!(counted(&agent, "tc_ingress", "reset"), 0);
 }

@@ -1,7 +1,9 @@
 //! What is refused, and how.
 
-use svc_lb::compile::desired::FrontendKind;
-use svc_lb_common::config::{Config, DROP_UNALLOCATED, REJECT_UNDEFINED_PORT};
+use std::collections::BTreeSet;
+
+use svc_lb::compile::desired::{DesiredPort, FrontendKind};
+use svc_lb_common::config::{Config, DROP_UNALLOCATED, REJECT_UNDEFINED_PORT, RESET_VANISHED};
 use svc_lb_common::outcome::Outcome;
 use svc_lb_common::{Family, Protocol};
 use svc_lb_tests::prog::Frame;
@@ -226,4 +228,123 @@ fn an_old_connection_is_not_rejected() {
             .pod_sends(&syn)
             .became(Outcome::Open, &syn.clone().to(w.local));
     });
+}
+
+/// With `--reset-gone-backends local` a segment of a connection to a pod of this node that has vanished is answered with the
+/// reset that the pod's kernel would have sent; one to a pod that lives, or is still an endpoint, goes on, as do all without
+/// the setting (SEMANTICS G4).
+#[test]
+fn connections_to_vanished_pods_are_reset() {
+    let setup = Setup::default();
+    let bits = [setup.config.bits, setup.config.bits | RESET_VANISHED];
+    for bits in bits {
+        let config = Config {
+            bits,
+            ..setup.config
+        };
+        let setup = Setup {
+            config,
+            ..setup.clone()
+        };
+        with_setup(&setup, |bench| {
+            for family in FAMILIES {
+                segments_of_a_vanished_pod(bench, &world(family), bits & RESET_VANISHED != 0);
+            }
+        });
+    }
+}
+
+fn segments_of_a_vanished_pod(bench: &mut Bench, w: &World, on: bool) {
+    let entrances = [
+        (TcIngress, bench.network.pod, w.vip, w.client),
+        (XdpIngress, bench.network.xdp_uplink, w.balancer, w.outside),
+        (TcIngress, bench.network.uplink, w.node, w.outside),
+    ];
+    let service = || {
+        w.port(Protocol::Tcp)
+            .node_port(w.node.port())
+            .frontend(FrontendKind::LoadBalancer, w.balancer)
+    };
+    let pods = BTreeSet::from([w.local.ip()]);
+    for (hook, interface, frontend, client) in entrances {
+        bench.rig.clear_flows();
+        bench.rig.set_vanished(&BTreeSet::new());
+        bench.program(service().local_backends(&[w.local]));
+        let syn = Frame::tcp(client, frontend, SYN);
+        bench.run(hook, interface, &syn).opened();
+        let mut segment = syn.with_flags(ACK | PSH);
+        let goes_on = |bench: &mut Bench, segment: &Frame| {
+            let sent = segment.clone().to(w.local);
+            bench
+                .run(hook, interface, segment)
+                .became(Outcome::ForwardOpening, &sent);
+        };
+        // Its interface is gone, but it is an endpoint still, and one of those that drain.
+        bench.rig.set_vanished(&pods);
+        goes_on(bench, &segment);
+        let mut drains = ready(w.local, true);
+        (drains.in_cluster, drains.in_local, drains.serving) = (false, false, false);
+        bench.program(DesiredPort {
+            backends: vec![drains],
+            ..service()
+        });
+        goes_on(bench, &segment);
+        // It is no endpoint any more, but lives.
+        bench.program(service());
+        bench.rig.set_vanished(&BTreeSet::new());
+        goes_on(bench, &segment);
+
+        bench.rig.set_vanished(&pods);
+        if !on {
+            goes_on(bench, &segment);
+            continue;
+        }
+        for (flags, length, tags) in [
+            (ACK, 0, 0),
+            (ACK | PSH, 1, 0),
+            (FIN | ACK, 900, 1),
+            (FIN, 7, 0),
+            (PSH, 8, 2),
+            (SYN | ACK, 0, 0),
+        ] {
+            segment = segment.with_flags(flags);
+            segment.payload = vec![0x77; length];
+            segment.tags = vec![(0x8100, 5); tags];
+            for options in [0, 8] {
+                match w.family {
+                    Family::V4 => segment.options = vec![1; options],
+                    Family::V6 if options == 0 => segment.extensions.clear(),
+                    Family::V6 => segment.extensions = vec![(next::DESTINATION, vec![1; 14])],
+                }
+                let mut expected = segment.reset();
+                if hook == XdpIngress {
+                    expected.resize(expected.len().max(60), 0);
+                }
+                bench
+                    .run(hook, interface, &segment)
+                    .returned(Outcome::Reset, &expected);
+            }
+        }
+        // A reset is not answered, nor is what was sent to many.
+        goes_on(bench, &syn.with_flags(RST));
+        let mut to_all = syn.with_flags(ACK);
+        to_all.macs[0] = [0xff; 6];
+        bench
+            .run(hook, interface, &to_all)
+            .dropped(Outcome::RejectSilent);
+        assert!(bench.rig.set_tokens(0));
+        bench
+            .run(hook, interface, &syn.with_flags(ACK))
+            .dropped(Outcome::RejectLimited);
+        assert!(bench.rig.set_tokens(BURST));
+
+        // Who comes anew gets what is there now.
+        bench
+            .run(hook, interface, &syn)
+            .returned(Outcome::Rejected, &syn.port_unreachable());
+        bench.program(service().local_backends(&[w.local]));
+        bench.run(hook, interface, &syn).opened();
+        // A pod with the same address is another endpoint: its connections are not the old one's.
+        goes_on(bench, &syn.with_flags(ACK));
+    }
 }
