@@ -122,6 +122,10 @@ outcomes! {
     NoSource = 32, "no_source", Drop;
     /// Along a TCP connection whose backend, a pod of this node, has vanished: a RST went back in its place.
     Reset = 33, "reset", Pass;
+    /// An ICMP error about a flow's packet, translated for who sent that packet.
+    IcmpError = 34, "icmp_error", Pass;
+    /// An ICMP redirect about a flow's packet: the shorter way is not the sender's.
+    IcmpRedirect = 35, "icmp_redirect", Drop;
 }
 
 /// Number of outcomes.

@@ -30,6 +30,10 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     const SOURCE: usize;
     /// Its socket number, as in `bpf_fib_lookup`.
     const AF: u8;
+    /// IANA number of its ICMP.
+    const ICMP: u8;
+    /// Offset of the byte that says what follows the header.
+    const PROTOCOL: usize;
 
     /// Where to note what is known of the packet.
     fn met() -> Option<&'static mut Met<Self::Addr>>;
@@ -72,6 +76,8 @@ impl Family for V4 {
     const HEADER: usize = Ipv4Hdr::LEN;
     const SOURCE: usize = core::mem::offset_of!(Ipv4Hdr, src_addr);
     const AF: u8 = 2;
+    const ICMP: u8 = 1;
+    const PROTOCOL: usize = core::mem::offset_of!(Ipv4Hdr, proto);
 
     #[inline(always)]
     fn met() -> Option<&'static mut Met<Addr4>> {
@@ -153,6 +159,8 @@ impl Family for V6 {
     const HEADER: usize = Ipv6Hdr::LEN;
     const SOURCE: usize = core::mem::offset_of!(Ipv6Hdr, src_addr);
     const AF: u8 = 10;
+    const ICMP: u8 = 58;
+    const PROTOCOL: usize = core::mem::offset_of!(Ipv6Hdr, next_hdr);
 
     #[inline(always)]
     fn met() -> Option<&'static mut Met<Addr6>> {

@@ -202,6 +202,39 @@ pub(crate) fn away<P: Packet, F: Family<Addr: Wire> + TimeToLive + Route>(
     }
 }
 
+/// Sends an ICMP error on that has been translated: as the packets it belongs to.
+#[inline(always)]
+pub(crate) fn related<P: Packet, F: Family + TimeToLive>(
+    packet: &P,
+    met: &Met<F::Addr>,
+) -> Step<Verdict> {
+    if met.flow.traits & flow::HAIRPIN == 0 {
+        return Ok(Verdict::On(met.outcome));
+    }
+    F::decrement(packet, met.l3 as usize)?;
+    rewrite::swap(packet)?;
+    Ok(Verdict::Back(met.outcome))
+}
+
+/// Translates an ICMP error about a flow with a translated source and sends it on. Nobody is told of one that
+/// cannot go on (RFC 1122 3.2.2).
+#[inline(always)]
+pub(crate) fn related_away<P: Packet, F: Family<Addr: Wire> + TimeToLive + Route>(
+    packet: &P,
+    met: &mut Met<F::Addr>,
+) -> Step<Verdict> {
+    match way::<P, F>(packet, met)? {
+        Way::Known | Way::Unresolved => {}
+        Way::TooBig | Way::Here => return Err(Outcome::NoRoute),
+    }
+    rewrite::relate::<P, F>(packet, met)?;
+    F::decrement(packet, met.l3 as usize)?;
+    match packet.leave(&met.route)? {
+        Leaves::Back => Ok(Verdict::Back(met.outcome)),
+        Leaves::Away => Ok(Verdict::Away(met.outcome)),
+    }
+}
+
 /// Whether XDP can send the packet where its route leads: the frame has no tag, whose interface we
 /// would not know, and there is a driver that takes frames.
 #[inline(always)]

@@ -35,6 +35,8 @@ pub(crate) struct Met<A: Address> {
     pub(crate) target: Target,
     /// The kernel's answer to where a packet goes on to.
     pub(crate) route: FibLookup,
+    /// What it quotes, if it is an ICMP error about a flow's packet.
+    pub(crate) related: Related<A>,
     /// The ICMP error that it is answered with.
     pub(crate) complaint: Complaint<A>,
     /// The part of the packet that an ICMP error quotes.
@@ -59,6 +61,18 @@ pub(crate) struct Met<A: Address> {
     pub(crate) vanished: u8,
     /// Non-zero: the flow being opened must have a translated source port.
     pub(crate) translate_port: u8,
+}
+
+/// An ICMP error about a flow's packet. The tuple of [`Met::key`] is then what an answer to the quoted
+/// packet would have, and [`Met::peer`] says what that is on the other side.
+#[repr(C)]
+pub(crate) struct Related<A: Address> {
+    /// Who sent the error.
+    pub(crate) from: A,
+    /// Offset of the quoted network header.
+    pub(crate) l3: u32,
+    /// Offset of the quoted transport header.
+    pub(crate) l4: u32,
 }
 
 /// FIN of [`Met::flags`].

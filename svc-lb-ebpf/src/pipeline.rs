@@ -6,7 +6,7 @@
 use svc_lb_common::Address as _;
 use svc_lb_common::backend::LOCAL;
 use svc_lb_common::config::{MASQUERADE_ALL, REJECT_NO_LOCAL, RESET_VANISHED, SNAT_ALWAYS};
-use svc_lb_common::conntrack::{INBOUND, OUTBOUND, flow, state};
+use svc_lb_common::conntrack::{FlowKey, INBOUND, OUTBOUND, flow, state};
 use svc_lb_common::edge::{POD, UPLINK, XDP};
 use svc_lb_common::outcome::{Event, Hook, Outcome};
 use svc_lb_common::service::{flag, kind};
@@ -17,11 +17,12 @@ use crate::conntrack;
 use crate::family::{V4, V6};
 use crate::forward::{self, Route, Way};
 use crate::guard;
-use crate::met::{Met, RST};
+use crate::met::{Met, RST, Related};
 use crate::open;
 use crate::outcome::Verdict;
 use crate::packet::{Packet, Step, Wire};
-use crate::parse::{self, Fragment, Ip, Network, Walk};
+use crate::parse::icmp::{self, Message, Messages};
+use crate::parse::{self, Fragment, Ip, Network, Payload};
 use crate::reject::{self, Unreachable};
 use crate::reset;
 use crate::rewrite::{self, TimeToLive};
@@ -30,7 +31,7 @@ use crate::service::{self, Aim, Target};
 use crate::stats;
 
 /// What the pipeline asks of a family.
-pub(crate) trait Stack: Walk<Addr: Wire> + Unreachable + TimeToLive + Route {}
+pub(crate) trait Stack: Messages<Addr: Wire> + Unreachable + TimeToLive + Route {}
 impl Stack for V4 {}
 impl Stack for V6 {}
 
@@ -57,6 +58,13 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
     let ip = parse::ip::<P, F>(packet, l3)?;
     let concern = guard::inbound(&ip)?;
     let payload = F::payload(packet, &ip)?;
+    if payload.protocol == F::ICMP {
+        if packet.hook() == Hook::XdpIngress {
+            // They are few.
+            return Err(Outcome::LeftToTc);
+        }
+        return related::<P, F>(packet, &ip, &payload, INBOUND);
+    }
     if payload.fragment != Fragment::Whole {
         // A pod that is a backend gets its own fragments; a frontend's are not tracked yet.
         return Err(if concern.frontend() {
@@ -330,16 +338,93 @@ fn direct<F: Stack>(met: &mut Met<F::Addr>, edge: u32, hook: Hook, ended: bool) 
     Ok(Decision::Open)
 }
 
+/// Translates an ICMP error about a packet of a flow for who sent that packet: the quote becomes what it sent, and the error comes
+/// from the frontend where it came from the backend. A router's own address stays, so that path discovery shows
+/// the path; towards a backend that sees this node as its client, it does not.
+///
+/// Nothing is learnt from errors about the flow: anybody can send them (RFC 5927).
+#[inline(never)]
+fn related<P: Packet, F: Stack>(
+    packet: &P,
+    ip: &Ip<F>,
+    payload: &Payload,
+    direction: u8,
+) -> Step<Verdict> {
+    let icmp = payload.l4;
+    packet.ensure(icmp + icmp::HEADER)?;
+    let [kind, _] = packet.load::<[u8; 2]>(icmp)?;
+    let message = F::message(kind);
+    if payload.fragment != Fragment::Whole || message == Message::Other {
+        return Err(Outcome::OtherProtocol);
+    }
+    let Ok(quote) = icmp::quote::<P, F>(packet, icmp + icmp::HEADER) else {
+        return Err(Outcome::OtherProtocol);
+    };
+    if quote.ip.source != ip.destination {
+        return Err(Outcome::OtherProtocol);
+    }
+    let met = F::met().ok_or(Outcome::FlowInsert)?;
+    met.key = FlowKey::new(
+        quote.ip.destination,
+        quote.ip.source,
+        quote.destination_port,
+        quote.source_port,
+        quote.protocol,
+        direction,
+    );
+    met.l3 = ip.l3 as u32;
+    met.l4 = icmp as u32;
+    met.flags = 0;
+    met.related = Related {
+        from: ip.source,
+        l3: quote.ip.l3 as u32,
+        l4: quote.l4 as u32,
+    };
+    let met = met.settle();
+    if conntrack::find::<F>(&met.key, &mut met.flow).is_none() {
+        return Err(Outcome::OtherProtocol);
+    }
+    if message == Message::Redirect {
+        return Err(Outcome::IcmpRedirect);
+    }
+    met.peer = met.flow;
+    let masked = met.flow.traits & (flow::SNAT | flow::REVERSE) == flow::SNAT;
+    if !masked && met.related.from != met.key.source {
+        met.flow.source = met.related.from;
+    }
+    met.outcome = Outcome::IcmpError;
+    let met = met.settle();
+    if met.flow.traits & flow::SNAT != 0 {
+        return forward::related_away::<P, F>(packet, met);
+    }
+    rewrite::relate::<P, F>(packet, met)?;
+    forward::related::<P, F>(packet, met)
+}
+
+/// Whether a packet is ICMP, as far as its first header says.
+#[inline(always)]
+fn is_icmp<P: Packet, F: Stack>(packet: &P, ip: &Ip<F>) -> Step<bool> {
+    let [_, protocol] = packet.load::<[u8; 2]>(ip.l3 + F::PROTOCOL - 1)?;
+    Ok(protocol == F::ICMP)
+}
+
 #[inline(never)]
 fn outbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
     let ip = parse::ip::<P, F>(packet, l3)?;
     if guard::outbound_destination(&ip) {
         untranslated(packet, &ip)?;
     }
-    if !guard::outbound_source(&ip) {
+    let from_backend = guard::outbound_source(&ip);
+    if !from_backend && !is_icmp(packet, &ip)? {
         return Err(Outcome::NotOurs);
     }
     let payload = F::payload(packet, &ip)?;
+    if payload.protocol == F::ICMP {
+        return match related::<P, F>(packet, &ip, &payload, OUTBOUND) {
+            Err(Outcome::OtherProtocol) if !from_backend => Err(Outcome::NotOurs),
+            result => result,
+        };
+    }
     if payload.fragment == Fragment::Later {
         return Err(Outcome::NotOurs);
     }

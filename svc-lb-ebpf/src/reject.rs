@@ -16,10 +16,11 @@ use crate::maps::BUCKET;
 use crate::met::Met;
 use crate::outcome::Verdict;
 use crate::packet::{MAX_QUOTED_WORDS, Packet, Step, Wire, opaque};
+use crate::parse::icmp;
 use crate::rewrite;
 
 /// Length of an ICMP header, both versions.
-const ICMP: usize = Icmpv4Hdr::LEN;
+const ICMP: usize = icmp::HEADER;
 /// What follows the offending packet's headers in an error (RFC 792: 64 bits).
 const TRANSPORT: usize = 8;
 /// Hop count of what we send (RFC 1700's IPDEFTTL).
@@ -27,8 +28,6 @@ const HOPS: u8 = 64;
 
 /// A family's ICMP errors.
 pub(crate) trait Unreachable: Family {
-    /// IANA number of its ICMP.
-    const ICMP_PROTOCOL: u8;
     /// Type and code of the error that tells a sender of the outcome.
     fn error(outcome: Outcome) -> [u8; 2];
     /// The second word of the error that says which size would do.
@@ -46,8 +45,6 @@ pub(crate) trait Unreachable: Family {
 }
 
 impl Unreachable for V4 {
-    const ICMP_PROTOCOL: u8 = 1;
-
     #[inline(always)]
     fn error(outcome: Outcome) -> [u8; 2] {
         if outcome == Outcome::TooBig {
@@ -76,11 +73,7 @@ impl Unreachable for V4 {
     ) -> Step<()> {
         let [l0, l1] = ((Ipv4Hdr::LEN + length) as u16).to_be_bytes();
         // Precedence: internetwork control, as Linux marks its errors (RFC 1812 4.3.2.5).
-        let service = if protocol == Self::ICMP_PROTOCOL {
-            0xc0
-        } else {
-            0
-        };
+        let service = if protocol == Self::ICMP { 0xc0 } else { 0 };
         // Don't fragment: an atomic datagram needs no id (RFC 6864).
         let mut start = [0x45, service, l0, l1, 0, 0, 0x40, 0, HOPS, protocol, 0, 0];
         let addresses = source.word_sum() + destination.word_sum();
@@ -96,8 +89,6 @@ impl Unreachable for V4 {
 }
 
 impl Unreachable for V6 {
-    const ICMP_PROTOCOL: u8 = 58;
-
     #[inline(always)]
     fn error(outcome: Outcome) -> [u8; 2] {
         if outcome == Outcome::TooBig {
@@ -132,7 +123,7 @@ impl Unreachable for V6 {
         let [l0, l1] = ((ICMP + quoted) as u16).to_be_bytes();
         sum(
             met.key.source.word_sum() + met.complaint.speaker.word_sum(),
-            &[l0, l1, 0, Self::ICMP_PROTOCOL],
+            &[l0, l1, 0, Self::ICMP],
         )
     }
 }
@@ -189,8 +180,8 @@ pub(crate) fn answer<P: Packet, F: Unreachable<Addr: Wire>>(
     // One is added last: verifiers before 6.8 learn nothing from a comparison with 0.
     let words = opaque(length / 4 - 1).min(MAX_QUOTED_WORDS - 1) + 1;
     let quoted = words * 4;
-    let icmp = l3 + F::HEADER;
-    let message = icmp + ICMP;
+    let start = l3 + F::HEADER;
+    let message = start + ICMP;
     packet.resize((message + quoted) as u32)?;
     packet.copy_out(l3, &mut met.quoted, words)?;
     packet.copy_in(message, &met.quoted, words)?;
@@ -211,9 +202,9 @@ pub(crate) fn answer<P: Packet, F: Unreachable<Addr: Wire>>(
     } = header;
     let total = sum(body + F::pseudo_sum(met, quoted), &[type_, code]);
     header.check = (!fold(sum(total, &data))).to_ne_bytes();
-    packet.store(icmp, &header)?;
+    packet.store(start, &header)?;
     let addresses = (met.complaint.speaker, source);
-    F::write_header(packet, l3, addresses, F::ICMP_PROTOCOL, ICMP + quoted)?;
+    F::write_header(packet, l3, addresses, F::ICMP, ICMP + quoted)?;
     packet.store(l3 + F::SOURCE, &met.complaint.speaker)?;
     packet.store(l3 + F::SOURCE + size_of::<F::Addr>(), &source)?;
     rewrite::swap(packet)?;

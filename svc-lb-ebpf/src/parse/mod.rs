@@ -1,6 +1,7 @@
 //! From bytes to one value: addresses, ports, flags, offsets. Parsed once, handed on by value.
 
 mod eth;
+pub(crate) mod icmp;
 mod ipv4;
 mod ipv6;
 mod l4;

@@ -15,7 +15,7 @@ use crate::met::Met;
 use crate::packet::{Packet, Step, TransportChecksum, Wire};
 
 /// Offset of the header checksum in an IPv4 header.
-const IP_CHECK: usize = offset_of!(Ipv4Hdr, check);
+pub(super) const IP_CHECK: usize = offset_of!(Ipv4Hdr, check);
 /// Offset of the destination port; the source's is 0, in TCP, UDP and SCTP alike.
 const DESTINATION_PORT: usize = offset_of!(UdpHdr, dst);
 

@@ -40,6 +40,8 @@ pub struct Plan {
 pub struct Report {
     /// Packets that went through both.
     pub packets: usize,
+    /// ICMP messages about flows among them.
+    pub messages: u64,
     /// How often each outcome and event was counted; "not ours" too, which the programs do not count.
     pub coverage: Counters,
     /// Time in the programs, in the reference, and in all.
@@ -121,6 +123,7 @@ impl Round {
         }
         self.rig.check_tallies()?;
         report.packets += plan.packets;
+        report.messages += self.traffic.messages;
         report.times[2] += started.elapsed();
         for (count, number) in self.expected.iter() {
             report.coverage.add(count, number);

@@ -534,26 +534,13 @@ impl Frame {
     /// The ICMP error that says "port unreachable" about this frame, as this frame's destination sends it.
     #[must_use]
     pub fn port_unreachable(&self) -> Vec<u8> {
-        let bytes = self.to_bytes();
-        let (l3, l4) = (self.l3(), self.l4());
-        let quoted = ((l4 - l3 + 8) / 4).min(32) * 4;
-        let (number, kind, code) = match self.family() {
-            Family::V4 => (next::ICMP, 3, 3),
-            Family::V6 => (next::ICMP6, 1, 4),
+        let kind = match self.family() {
+            Family::V4 => [3, 3],
+            Family::V6 => [1, 4],
         };
-        let mut message = vec![kind, code, 0, 0, 0, 0, 0, 0];
-        message.extend(&bytes[l3..l3 + quoted]);
-        let total = match self.family() {
-            Family::V4 => 0,
-            Family::V6 => {
-                let [high, low] = be16(message.len());
-                let addresses = pseudo_sum(self.source.ip(), self.destination.ip());
-                sum(addresses, &[high, low, 0, number])
-            }
-        };
-        let check = (!fold(sum(total, &message))).to_ne_bytes();
-        message.splice(2..4, check);
-        self.answered_with(0xc0, number, message)
+        let mut error = Icmp::about(self, kind, self.destination.ip(), 8);
+        error.body.truncate(128);
+        self.answered_with(0xc0, error.number(), error.message())
     }
 
     /// The reset of this segment's connection, as this segment's destination sends it when it knows nothing of it (RFC 9293
@@ -592,25 +579,119 @@ impl Frame {
         let [destination, source] = self.macs;
         let mut out = [source, destination].concat();
         out.extend(&self.to_bytes()[12..self.l3()]);
-        match (self.source.ip(), self.destination.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let mut header = vec![0x45, service];
-                header.extend(be16(20 + message.len()));
-                header.extend([0, 0, 0x40, 0, 64, number, 0, 0]);
-                header.extend(destination.octets());
-                header.extend(source.octets());
-                let check = (!fold(sum(0, &header))).to_ne_bytes();
-                header.splice(10..12, check);
-                out.extend(header);
-            }
-            (source, destination) => {
-                out.extend([0x60, 0, 0, 0]);
-                out.extend(be16(message.len()));
-                out.extend([number, 64]);
-                out.extend(octets(destination));
-                out.extend(octets(source));
-            }
+        let ends = [self.destination.ip(), self.source.ip()];
+        out.extend(made_header(service, number, 64, ends, message.len()));
+        out.extend(message);
+        out
+    }
+}
+
+/// The IP header of a packet of some node's making.
+fn made_header(
+    service: u8,
+    number: u8,
+    hops: u8,
+    [source, destination]: [IpAddr; 2],
+    length: usize,
+) -> Vec<u8> {
+    let mut header = Vec::new();
+    if source.is_ipv4() {
+        header.extend([0x45, service]);
+        header.extend(be16(20 + length));
+        header.extend([0, 0, 0x40, 0, hops, number, 0, 0]);
+    } else {
+        header.extend([0x60, 0, 0, 0]);
+        header.extend(be16(length));
+        header.extend([number, hops]);
+    }
+    header.extend([octets(source), octets(destination)].concat());
+    if source.is_ipv4() {
+        let check = (!fold(sum(0, &header))).to_ne_bytes();
+        header.splice(10..12, check);
+    }
+    header
+}
+
+/// An ICMP message.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Icmp {
+    /// Destination and source MAC address.
+    pub macs: [Mac; 2],
+    /// Who sends it.
+    pub source: IpAddr,
+    /// To whom, of the same family.
+    pub destination: IpAddr,
+    /// TTL or hop limit.
+    pub hops: u8,
+    /// Type and code.
+    pub kind: [u8; 2],
+    /// The second word.
+    pub data: [u8; 4],
+    /// What follows: of an error the packet that it is about.
+    pub body: Vec<u8>,
+}
+
+impl Icmp {
+    /// The error about a frame, of which it quotes the network header and so many bytes more, that somebody sends to who
+    /// sent that frame.
+    #[must_use]
+    pub fn about(frame: &Frame, kind: [u8; 2], from: IpAddr, quoted: usize) -> Self {
+        let [destination, source] = frame.macs;
+        let bytes = frame.to_bytes();
+        let end = (frame.l4() + quoted).min(bytes.len() - frame.padding);
+        Self {
+            macs: [source, destination],
+            source: from,
+            destination: frame.source.ip(),
+            hops: HOPS,
+            kind,
+            data: [0; 4],
+            body: bytes[frame.l3()..end].to_vec(),
         }
+    }
+
+    /// IANA's number.
+    const fn number(&self) -> u8 {
+        match self.source {
+            IpAddr::V4(_) => next::ICMP,
+            IpAddr::V6(_) => next::ICMP6,
+        }
+    }
+
+    /// The message, with its checksum.
+    fn message(&self) -> Vec<u8> {
+        let mut message = [&self.kind[..], &[0; 2], &self.data, &self.body].concat();
+        let total = match self.source {
+            IpAddr::V4(_) => 0,
+            IpAddr::V6(_) => {
+                let [high, low] = be16(message.len());
+                let addresses = pseudo_sum(self.source, self.destination);
+                sum(addresses, &[high, low, 0, self.number()])
+            }
+        };
+        let check = (!fold(sum(total, &message))).to_ne_bytes();
+        message.splice(2..4, check);
+        message
+    }
+
+    /// The frame's bytes.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let message = self.message();
+        let [destination, source] = self.macs;
+        let mut out = [destination, source].concat();
+        out.extend(match self.source {
+            IpAddr::V4(_) => [0x08, 0x00],
+            IpAddr::V6(_) => [0x86, 0xdd],
+        });
+        let ends = [self.source, self.destination];
+        out.extend(made_header(
+            0xc0,
+            self.number(),
+            self.hops,
+            ends,
+            message.len(),
+        ));
         out.extend(message);
         out
     }

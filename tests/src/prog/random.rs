@@ -13,7 +13,7 @@ use svc_lb_common::config::{
 use svc_lb_common::outcome::Hook;
 use svc_lb_common::{Addr4, Addr6, Family, Protocol};
 
-use super::frame::{ETHERNET, Frame, Part, QINQ, Transport, VLAN, flags, next, word};
+use super::frame::{ETHERNET, Frame, Icmp, Part, QINQ, Transport, VLAN, flags, next, word};
 use super::network::{NEIGHBOURS, Network, UNKNOWN_NEIGHBOURS};
 use super::rig::{Setup, Verdict};
 use super::tables::{Describe as _, port};
@@ -41,6 +41,8 @@ pub struct Packet {
 pub struct Traffic {
     network: Network,
     exchanges: Vec<Exchange>,
+    /// ICMP messages that were made.
+    pub messages: u64,
 }
 
 /// What a client sent, and what its backend saw of it.
@@ -266,13 +268,15 @@ impl Traffic {
         Self {
             network,
             exchanges: Vec::new(),
+            messages: 0,
         }
     }
 
     /// The next packet.
     pub fn next(&mut self, rng: &mut Rng) -> Packet {
         let mut packet = match rng.u8(..100) {
-            0..50 if !self.exchanges.is_empty() => self.go_on(rng),
+            0..12 if !self.exchanges.is_empty() => self.complain(rng),
+            12..54 if !self.exchanges.is_empty() => self.go_on(rng),
             0..82 => self.begin(rng),
             82..91 => self.leave(rng),
             _ => self.direct(rng),
@@ -471,38 +475,14 @@ impl Traffic {
         let flags = tcp_flags(rng);
         let (hook, interface, frame) = match seen {
             Some(seen) if rng.bool() => {
-                let hairpin = seen.source.ip() == sent.destination.ip();
-                let translated = !hairpin && seen.source.ip() != sent.source.ip();
                 let mut answer = seen.answer(match rng.u8(..4) {
                     0 => flags,
                     _ => flags::SYN | flags::ACK,
                 });
                 answer.hops = hops(rng);
                 miscount(rng, &mut answer);
-                if hairpin {
-                    (*hook, *interface, answer)
-                } else if translated {
-                    let Network {
-                        uplink,
-                        xdp_uplink,
-                        pod,
-                        ..
-                    } = self.network;
-                    let comes = [
-                        (Hook::XdpIngress, xdp_uplink),
-                        (Hook::TcIngress, uplink),
-                        (Hook::TcIngress, pod),
-                    ];
-                    let (hook, interface) = rng.choice(comes).expect("an edge");
-                    (hook, interface, answer)
-                } else {
-                    let leaves = [self.network.uplink, self.network.pod, *interface];
-                    (
-                        Hook::TcEgress,
-                        rng.choice(leaves).expect("an interface"),
-                        answer,
-                    )
-                }
+                let (hook, interface) = self.back(rng, exchange, seen);
+                (hook, interface, answer)
             }
             _ => {
                 let mut again = match sent.transport {
@@ -520,6 +500,102 @@ impl Traffic {
             interface,
             bytes: frame.to_bytes(),
             frame: Some(frame),
+        }
+    }
+
+    /// Where what comes back from an exchange's backend is met.
+    fn back(&self, rng: &mut Rng, exchange: &Exchange, seen: &Frame) -> (Hook, u32) {
+        let sent = &exchange.sent;
+        let hairpin = seen.source.ip() == sent.destination.ip();
+        if hairpin {
+            return (exchange.hook, exchange.interface);
+        }
+        let Network {
+            uplink,
+            xdp_uplink,
+            pod,
+            ..
+        } = self.network;
+        if seen.source.ip() != sent.source.ip() {
+            let comes = [
+                (Hook::XdpIngress, xdp_uplink),
+                (Hook::TcIngress, uplink),
+                (Hook::TcIngress, pod),
+            ];
+            return rng.choice(comes).expect("an edge");
+        }
+        let leaves = [uplink, pod, exchange.interface];
+        (Hook::TcEgress, rng.choice(leaves).expect("an interface"))
+    }
+
+    /// An ICMP message about a packet of an exchange: about what the backend saw, or about what came back to the client.
+    fn complain(&mut self, rng: &mut Rng) -> Packet {
+        self.messages += 1;
+        let drawn = (0..4).map(|_| rng.choice(&self.exchanges).expect("there are some"));
+        // Mostly about a flow.
+        let drawn: Vec<_> = drawn.collect();
+        let exchange = drawn.iter().find(|exchange| exchange.seen.is_some());
+        let exchange = exchange.unwrap_or(&drawn[0]);
+        let sent = &exchange.sent;
+        let (about, (hook, interface)) = match &exchange.seen {
+            Some(seen) if rng.bool() => {
+                let mut seen = seen.clone();
+                seen.padding = 0;
+                let back = self.back(rng, exchange, &seen);
+                (seen, back)
+            }
+            _ => {
+                let answer = sent.answer(tcp_flags(rng));
+                (answer, (exchange.hook, exchange.interface))
+            }
+        };
+        let family = about.family();
+        // XDP leaves them to tc.
+        let hook = if hook == Hook::XdpIngress && rng.u8(..4) > 0 {
+            Hook::TcIngress
+        } else {
+            hook
+        };
+        let kinds = match family {
+            Family::V4 => [3, 3, 3, 3, 11, 12, 4, 5, 0, 8],
+            Family::V6 => [1, 1, 2, 2, 3, 4, 2, 137, 128, 129],
+        };
+        let kind = [rng.choice(kinds).expect("a type"), rng.u8(..5)];
+        let from = match rng.u8(..4) {
+            // Who the packet was for, or a router on its way.
+            0 | 1 => about.destination.ip(),
+            2 => address(family, Role::Strange, rng.u8(..8)),
+            _ => address(family, Role::Pod, rng.u8(..8)),
+        };
+        let quoted = rng.choice([8, 8, 12, 20, 28, 1_000, 7]).expect("a length");
+        let mut about = about;
+        if rng.u8(..6) == 0 {
+            match family {
+                Family::V4 => about.options = vec![1; 4 * rng.usize(1..11)],
+                Family::V6 => about.extensions = extensions(rng),
+            }
+        }
+        if rng.u8(..12) == 0 {
+            about.part = Some(Part {
+                offset: rng.choice([0, 0, 185]).expect("an offset"),
+                more: rng.bool(),
+            });
+        }
+        let mut message = Icmp::about(&about, kind, from, quoted);
+        message.data = rng.u32(..).to_be_bytes();
+        message.hops = hops(rng);
+        if rng.u8(..24) == 0 {
+            message.destination = address(family, Role::Node, rng.u8(..2));
+        }
+        if rng.u8(..8) == 0 && !message.body.is_empty() {
+            let at = rng.usize(..message.body.len());
+            message.body[at] ^= 1 << rng.u8(..8);
+        }
+        Packet {
+            hook,
+            interface,
+            bytes: message.to_bytes(),
+            frame: None,
         }
     }
 

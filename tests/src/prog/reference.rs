@@ -459,6 +459,12 @@ impl Reference {
             return Err(Outcome::NotOurs);
         }
         let payload = payload(at.frame, &ip)?;
+        if payload.protocol == icmp(ip.source) {
+            if at.hook == Hook::XdpIngress {
+                return Err(Outcome::LeftToTc);
+            }
+            return self.related(at, &ip, &payload, Way::In);
+        }
         let to_frontend = hints & (FRONTEND | NODE) != 0;
         if payload.part.is_some() {
             return Err(if to_frontend {
@@ -509,7 +515,7 @@ impl Reference {
         }
         let mut frame = at.frame.to_vec();
         translate(&mut frame, read, translation);
-        if !hop_taken(&mut frame, read) {
+        if !hop_taken(&mut frame, read.l3, read.tuple.source.is_ipv4()) {
             return self.tell(at, read, Told::TimeExceeded);
         }
         if !xdp {
@@ -1036,7 +1042,7 @@ impl Reference {
         let translation = connection.translation(side);
         translate(&mut frame, read, translation);
         if connection.hairpin {
-            if !hop_taken(&mut frame, read) {
+            if !hop_taken(&mut frame, read.l3, read.tuple.source.is_ipv4()) {
                 return Err(Outcome::TtlExceeded);
             }
             turn(&mut frame);
@@ -1075,10 +1081,18 @@ impl Reference {
                 return Err(Outcome::Untranslated);
             }
         }
-        if self.hints(ip.source) & BACKEND == 0 {
+        let from_backend = self.hints(ip.source) & BACKEND != 0;
+        let protocol = at.frame[ip.l3 + if ip.source.is_ipv4() { 9 } else { 6 }];
+        if !from_backend && protocol != icmp(ip.source) {
             return Err(Outcome::NotOurs);
         }
         let payload = payload(at.frame, &ip)?;
+        if payload.protocol == icmp(ip.source) {
+            return match self.related(at, &ip, &payload, Way::Out) {
+                Err(Outcome::OtherProtocol) if !from_backend => Err(Outcome::NotOurs),
+                result => result,
+            };
+        }
         if payload.part == Some(false) {
             return Err(Outcome::NotOurs);
         }
@@ -1098,6 +1112,117 @@ impl Reference {
         let mut frame = at.frame.to_vec();
         translate(&mut frame, &read, connection.translation(side));
         Ok((Verdict::On, Outcome::Reverse, frame))
+    }
+
+    /// An ICMP message: what it quotes of a flow becomes what the sender of that packet knows.
+    fn related(
+        &self,
+        at: At<'_>,
+        ip: &Ip,
+        payload: &Payload,
+        way: Way,
+    ) -> Step<(Verdict, Outcome, Vec<u8>)> {
+        let start = payload.l4;
+        if start + 8 > at.frame.len() {
+            return Err(Outcome::Malformed);
+        }
+        let [kind, _] = bytes::<2>(at.frame, start)?;
+        let v4 = ip.source.is_ipv4();
+        let redirects = v4 && kind == 5;
+        let tells = if v4 {
+            [3, 4, 5, 11, 12].contains(&kind)
+        } else {
+            (1..=4).contains(&kind)
+        };
+        if payload.part.is_some() || !tells {
+            return Err(Outcome::OtherProtocol);
+        }
+        let quote = quote(at.frame, start + 8, v4, way);
+        let (inner, l4, tuple) = quote.ok_or(Outcome::OtherProtocol)?;
+        if inner.source != ip.destination {
+            return Err(Outcome::OtherProtocol);
+        }
+        let (id, side) = self.flows.find(&tuple).ok_or(Outcome::OtherProtocol)?;
+        if redirects {
+            return Err(Outcome::IcmpRedirect);
+        }
+        let connection = &self.flows.connections[&id];
+        let [from, to] = connection.translation(side);
+        let masked = connection.snat && side == Side::Client;
+        let speaker = if masked || ip.source == tuple.source.ip() {
+            from.ip()
+        } else {
+            ip.source
+        };
+        if connection.snat {
+            let mtu = match hop(to.ip()) {
+                Hop::None => return Err(Outcome::NoRoute),
+                Hop::Router(out) => out.mtu,
+                Hop::Bridge(_) => MTU,
+            };
+            let length =
+                word(at.frame, ip.l3 + if v4 { 2 } else { 4 }).ok_or(Outcome::Malformed)?;
+            let length = if v4 {
+                length
+            } else {
+                length.saturating_add(40)
+            };
+            if length > mtu || !is_routed(speaker) {
+                return Err(Outcome::NoRoute);
+            }
+        }
+
+        let mut frame = at.frame.to_vec();
+        let sums = |a: IpAddr, b: IpAddr| u64::from(pseudo_sum(a, b));
+        let ports = |a: SocketAddr, b: SocketAddr| {
+            u64::from(a.port().to_be()) + u64::from(b.port().to_be())
+        };
+        let old = sums(tuple.source.ip(), tuple.destination.ip());
+        let new = sums(from.ip(), to.ip());
+        let addresses = if v4 { 12 } else { 8 };
+        if v4 {
+            adjust(&mut frame, inner.l3 + 10, old, new, false);
+        }
+        let check = match tuple.protocol {
+            next::TCP => Some(l4 + 16),
+            next::UDP => Some(l4 + 6),
+            _ => None,
+        };
+        if let Some(check) = check.filter(|check| bytes::<2>(&frame, *check).is_ok()) {
+            let old = old + ports(tuple.source, tuple.destination);
+            let new = new + ports(from, to);
+            adjust(&mut frame, check, old, new, tuple.protocol == next::UDP);
+        }
+        // The quoted packet went the other way.
+        let both = [octets(to.ip()), octets(from.ip())].concat();
+        put(&mut frame, inner.l3 + addresses, &both);
+        put(&mut frame, l4, &to.port().to_be_bytes());
+        put(&mut frame, l4 + 2, &from.port().to_be_bytes());
+
+        let (outer, now) = (sums(ip.source, ip.destination), sums(speaker, to.ip()));
+        let whole = |frame: &[u8]| u64::from(svc_lb_common::checksum::sum(0, &frame[start..]));
+        let (mut before, mut after) = (whole(at.frame), whole(&frame));
+        if v4 {
+            adjust(&mut frame, ip.l3 + 10, outer, now, false);
+        } else {
+            before += outer;
+            after += now;
+        }
+        adjust(&mut frame, start + 2, before, after, false);
+        let both = [octets(speaker), octets(to.ip())].concat();
+        put(&mut frame, ip.l3 + addresses, &both);
+
+        let outcome = Outcome::IcmpError;
+        if !connection.snat && !connection.hairpin {
+            return Ok((Verdict::On, outcome, frame));
+        }
+        if !hop_taken(&mut frame, ip.l3, v4) {
+            return Err(Outcome::TtlExceeded);
+        }
+        if connection.hairpin {
+            turn(&mut frame);
+        }
+        Ok((Verdict::Back, outcome, frame))
     }
 
     /// Turns the packet into the ICMP error that tells its sender of the outcome.
@@ -1366,6 +1491,32 @@ fn bytes<const N: usize>(frame: &[u8], at: usize) -> Step<[u8; N]> {
         .ok_or(Outcome::Malformed)
 }
 
+/// IANA's number of a family's ICMP.
+const fn icmp(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => next::ICMP,
+        IpAddr::V6(_) => next::ICMP6,
+    }
+}
+
+/// The packet that an ICMP message quotes, where its transport header lies, and what an answer to it would be.
+fn quote(frame: &[u8], l3: usize, v4: bool, way: Way) -> Option<(Ip, usize, Tuple)> {
+    let inner = addresses(frame, l3, v4).ok()?;
+    let payload = payload(frame, &inner).ok()?;
+    let l4 = payload.l4;
+    if payload.part == Some(false) || l4 + 8 > frame.len() {
+        return None;
+    }
+    let port = |at| bytes::<2>(frame, at).ok().map(u16::from_be_bytes);
+    let tuple = Tuple {
+        way,
+        protocol: payload.protocol,
+        source: SocketAddr::new(inner.destination, port(l4 + 2)?),
+        destination: SocketAddr::new(inner.source, port(l4)?),
+    };
+    Some((inner, l4, tuple))
+}
+
 /// Finds the network header and its addresses behind at most two tags.
 fn network(frame: &[u8]) -> Step<Ip> {
     let mut l3 = ETHERNET;
@@ -1379,24 +1530,29 @@ fn network(frame: &[u8]) -> Step<Ip> {
         ether_type = u16::from_be_bytes([a, b]);
         l3 += 4;
     }
-    let (source, destination) = match ether_type {
-        0x0800 => {
-            let header: [u8; 20] = bytes(frame, l3)?;
-            let address = |at| -> IpAddr {
-                let octets: [u8; 4] = header[at..at + 4].try_into().expect("four bytes");
-                octets.into()
-            };
-            (address(12), address(16))
-        }
-        0x86dd => {
-            let header: [u8; 40] = bytes(frame, l3)?;
-            let address = |at| -> IpAddr {
-                let octets: [u8; 16] = header[at..at + 16].try_into().expect("sixteen bytes");
-                octets.into()
-            };
-            (address(8), address(24))
-        }
-        _ => return Err(Outcome::NotIp),
+    match ether_type {
+        0x0800 => addresses(frame, l3, true),
+        0x86dd => addresses(frame, l3, false),
+        _ => Err(Outcome::NotIp),
+    }
+}
+
+/// The addresses of a network header.
+fn addresses(frame: &[u8], l3: usize, v4: bool) -> Step<Ip> {
+    let (source, destination) = if v4 {
+        let header: [u8; 20] = bytes(frame, l3)?;
+        let address = |at| -> IpAddr {
+            let octets: [u8; 4] = header[at..at + 4].try_into().expect("four bytes");
+            octets.into()
+        };
+        (address(12), address(16))
+    } else {
+        let header: [u8; 40] = bytes(frame, l3)?;
+        let address = |at| -> IpAddr {
+            let octets: [u8; 16] = header[at..at + 16].try_into().expect("sixteen bytes");
+            octets.into()
+        };
+        (address(8), address(24))
     };
     Ok(Ip {
         l3,
@@ -1592,9 +1748,8 @@ fn adjust(frame: &mut [u8], at: usize, old: u64, new: u64, udp: bool) {
 }
 
 /// Takes one hop off, as a router does; false if none is left.
-fn hop_taken(frame: &mut [u8], read: &Read) -> bool {
-    let v4 = read.tuple.source.is_ipv4();
-    let at = read.l3 + if v4 { 8 } else { 7 };
+fn hop_taken(frame: &mut [u8], l3: usize, v4: bool) -> bool {
+    let at = l3 + if v4 { 8 } else { 7 };
     if frame[at] <= 1 {
         return false;
     }
@@ -1603,7 +1758,7 @@ fn hop_taken(frame: &mut [u8], read: &Read) -> bool {
     if v4 {
         let word = |hops| u64::from(u16::from_ne_bytes([hops, frame[at + 1]]));
         let (old, new) = (word(before), word(before - 1));
-        adjust(frame, read.l3 + 10, old, new, false);
+        adjust(frame, l3 + 10, old, new, false);
     }
     true
 }
