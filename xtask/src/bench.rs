@@ -31,12 +31,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     setup::ensure(&[Need::Build, Need::Lab])?;
     build::bpf_object()?;
     build::replay_object()?;
-    // The programs alone need no agent, and an optimised one takes minutes to build.
-    let alone = |part: &str| args.args.iter().any(|arg| arg == part);
-    let agent = build::agent(!alone("--packets") || alone("--agent") || alone("--lab"))?;
-    // The profile of the tests: what is measured is the kernel's, or the agent's.
-    proc::run(proc::cargo().args(["build", "--package", "svc-lb-tests", "--bin", BENCH]))?;
-    let bench = absolute(proc::target_dir().join("debug").join(BENCH)).context("its path")?;
+    let agent = build::agent(true)?;
+    let build = ["build", "--release", "--package", "svc-lb-tests", "--bin"];
+    proc::run(proc::cargo().args(build).arg(BENCH))?;
+    let bench = absolute(proc::target_dir().join("release").join(BENCH)).context("its path")?;
     let error = Command::new(&bench)
         .args(&args.args)
         .env("SVC_LB_BIN", agent)

@@ -41,19 +41,32 @@ impl Figure {
             .fold(f64::MAX, f64::min);
         let quiet = rounds.iter().filter(|round| round.empty <= best * QUIET);
         let net = |round: &Round| round.tested - round.empty;
-        let mut all: Vec<f64> = rounds.iter().map(net).collect();
-        let mut quiet: Vec<f64> = quiet.map(net).collect();
-        all.sort_by(f64::total_cmp);
-        quiet.sort_by(f64::total_cmp);
-        let at = |values: &[f64], index: usize| values.get(index).copied().unwrap_or(f64::NAN);
+        let quiet: Vec<f64> = quiet.map(net).collect();
         Self {
-            case,
-            unit: "ns/packet".to_owned(),
-            least: at(&all, 0),
-            median: at(&quiet, quiet.len() / 2),
-            most: at(&all, all.len().saturating_sub(1)),
+            median: median(&quiet),
             quiet: quiet.len(),
-            rounds: rounds.len(),
+            ..Self::of(case, "ns/packet", rounds.iter().map(net).collect())
         }
     }
+
+    /// The figure of values that are what they are.
+    pub(crate) fn of(case: String, unit: &str, values: Vec<f64>) -> Self {
+        let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        Self {
+            case,
+            unit: unit.to_owned(),
+            least,
+            median: median(&values),
+            most,
+            quiet: values.len(),
+            rounds: values.len(),
+        }
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

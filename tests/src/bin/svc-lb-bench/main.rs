@@ -8,6 +8,7 @@ use clap::Parser as _;
 
 mod agent;
 mod figures;
+mod lab;
 mod packets;
 mod report;
 
@@ -23,6 +24,17 @@ struct Args {
     /// The agent at the size it is designed for: cold start, memory, and how fast one change is active.
     #[arg(long)]
     agent: bool,
+    /// Real traffic between pods: connects, exchanges, datagrams and bulk, against kube-proxy's rules.
+    #[arg(long)]
+    lab: bool,
+    /// Numbers of services for --lab.
+    #[arg(
+        long,
+        value_name = "N",
+        value_delimiter = ',',
+        default_value = "1,1000,10000"
+    )]
+    services: Vec<u32>,
     /// Only cases whose name contains this.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -59,16 +71,27 @@ fn bench(args: &Args) -> Result<()> {
         .as_deref()
         .map(|path| report::read(path).with_context(|| format!("--baseline {}", path.display())))
         .transpose()?;
-    if args.agent || !args.packets {
+    let all = !args.packets && !args.lab && !args.agent;
+    if args.agent || all {
         agent::run()?;
-        if args.agent && !args.packets {
-            return Ok(());
-        }
     }
-    let figures = packets::run(&packets::Options {
-        only: args.only.clone(),
-        rounds: args.rounds,
-    });
+    let mut figures = Vec::new();
+    if args.packets || all {
+        figures.extend(packets::run(&packets::Options {
+            only: args.only.clone(),
+            rounds: args.rounds,
+        }));
+    }
+    if args.lab || all {
+        figures.extend(lab::run(&lab::Options {
+            only: args.only.clone(),
+            rounds: args.rounds,
+            services: args.services.clone(),
+        })?);
+    }
+    if figures.is_empty() {
+        return Ok(());
+    }
     report::table(&figures, baseline.as_deref())?;
     if let Some(path) = &args.json {
         report::write(path, &figures).with_context(|| format!("--json {}", path.display()))?;

@@ -13,7 +13,7 @@ pub(crate) fn table(figures: &[Figure], baseline: Option<&[Figure]>) -> Result<(
     let mut out = stdout().lock();
     writeln!(
         out,
-        "{:44} {:>8} {:>8} {:>8}  {:>7}  unit",
+        "{:52} {:>8} {:>8} {:>8}  {:>7}  unit",
         "case", "least", "median", "most", "quiet"
     )?;
     for figure in figures {
@@ -31,11 +31,23 @@ pub(crate) fn table(figures: &[Figure], baseline: Option<&[Figure]>) -> Result<(
             .map(|before| format!("  {:.2} of before", median / before.median));
         writeln!(
             out,
-            "{case:44} {least:8.1} {median:8.1} {most:8.1}  {quiet:3}/{rounds:<3}  {unit}{}",
+            "{case:52} {} {} {}  {quiet:3}/{rounds:<3}  {unit}{}",
+            digits(*least),
+            digits(*median),
+            digits(*most),
             before.unwrap_or_default()
         )?;
     }
     Ok(())
+}
+
+/// A value with as many digits as say something.
+fn digits(value: f64) -> String {
+    match value {
+        ..10.0 => format!("{value:8.3}"),
+        10.0..1_000.0 => format!("{value:8.1}"),
+        _ => format!("{value:8.0}"),
+    }
 }
 
 /// Reads what [`write()`] has written.
