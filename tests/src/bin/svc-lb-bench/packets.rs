@@ -1,7 +1,7 @@
 //! The programs alone: what a packet of each kind costs.
 //!
-//! Frames of 64 bytes (IPv6: 80), one NodePort with 512 backends behind a router, maps of their default sizes' order,
-//! the kernel's own routes. Each case checks by the counters that the packets met what its name says.
+//! Frames of 64 bytes (IPv6: 80), one service with 512 backends, maps of their default sizes' order, the kernel's own
+//! routes. Each case checks by the counters that the packets met what its name says.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -9,7 +9,7 @@ use svc_lb::compile::desired::DesiredPort;
 use svc_lb::dataplane::clock::jiffies_per_second;
 use svc_lb::dataplane::map_name;
 use svc_lb_common::config::Config;
-use svc_lb_common::conntrack::{INBOUND, flow};
+use svc_lb_common::conntrack::flow;
 use svc_lb_common::limits::name;
 use svc_lb_common::outcome::{Event, Hook, Outcome};
 use svc_lb_common::{Family, Protocol};
@@ -31,6 +31,8 @@ const MANY_ENTRIES: u32 = 5 << 19;
 /// Backends: each has 4,536 ports of translated sources, and a search that must try twice is another case.
 const BACKENDS: u32 = 512;
 const NODE_PORT: u16 = 30_080;
+/// Number of the ClusterIP in its range, behind those of the other services.
+const CLUSTER_IP: u32 = 40_000;
 /// Packets of a round: some milliseconds, so that most rounds are not interrupted.
 const RUNS: u32 = 10_000;
 /// New flows of a round: of each there is one.
@@ -39,15 +41,29 @@ const NEW: u32 = 5_000;
 /// Where a packet is met.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum At {
+    /// At the uplink, from an outside client to a NodePort and on to another node.
     Xdp,
+    /// The same at tc.
     Tc,
+    /// At a pod's interface, from a pod to a ClusterIP and on to a pod here.
+    Pod,
 }
 
 impl At {
+    /// Where clients' packets are met.
     const fn hook(self) -> Hook {
         match self {
             Self::Xdp => Hook::XdpIngress,
+            Self::Tc | Self::Pod => Hook::TcIngress,
+        }
+    }
+
+    /// Where the answers are.
+    const fn answers(self) -> Hook {
+        match self {
+            Self::Xdp => Hook::XdpIngress,
             Self::Tc => Hook::TcIngress,
+            Self::Pod => Hook::TcEgress,
         }
     }
 
@@ -55,6 +71,23 @@ impl At {
         match self {
             Self::Xdp => network.xdp_uplink,
             Self::Tc => network.uplink,
+            Self::Pod => network.pod,
+        }
+    }
+
+    /// What becomes of a confirmed flow's packets, and of its answers.
+    const fn outcomes(self) -> [Outcome; 2] {
+        match self {
+            Self::Xdp | Self::Tc => [Outcome::ForwardRemote, Outcome::ReverseRemote],
+            Self::Pod => [Outcome::Forward, Outcome::Reverse],
+        }
+    }
+
+    /// What becomes of the packet that confirms a flow.
+    const fn confirms(self) -> Outcome {
+        match self {
+            Self::Xdp | Self::Tc => Outcome::ForwardRemote,
+            Self::Pod => Outcome::ForwardOpening,
         }
     }
 
@@ -62,6 +95,7 @@ impl At {
         match self {
             Self::Xdp => "xdp",
             Self::Tc => "tc",
+            Self::Pod => "pod",
         }
     }
 }
@@ -78,7 +112,7 @@ pub(crate) struct Options {
 /// Measures every case that is wanted.
 pub(crate) fn run(options: &Options) -> Vec<Figure> {
     let mut figures = Vec::new();
-    for at in [At::Xdp, At::Tc] {
+    for at in [At::Xdp, At::Tc, At::Pod] {
         for family in [Family::V4, Family::V6] {
             let mut measure = |entries, cases: &(dyn Fn(&mut Bench<'_>) + Sync)| {
                 let some = network::private(|network| {
@@ -89,7 +123,7 @@ pub(crate) fn run(options: &Options) -> Vec<Figure> {
                 figures.extend(some);
             };
             measure(ENTRIES, &|bench| bench.cases());
-            if family == Family::V4 {
+            if at != At::Pod && family == Family::V4 {
                 measure(MANY_ENTRIES, &|bench| bench.a_million());
             }
         }
@@ -99,7 +133,9 @@ pub(crate) fn run(options: &Options) -> Vec<Figure> {
 
 struct Bench<'a> {
     rig: Rig,
+    /// Before the program that clients' packets meet, and before the one that answers do.
     replay: Replay,
+    answer: Replay,
     network: Network,
     at: At,
     family: Family,
@@ -123,6 +159,7 @@ impl<'a> Bench<'a> {
             config: Config {
                 hz: jiffies_per_second().expect("the kernel's clock is known"),
                 // No reject is one too many here.
+                generate_rate: 1 << 30,
                 generate_burst: 1 << 30,
                 ..plain.config
             },
@@ -136,9 +173,11 @@ impl<'a> Bench<'a> {
         rig.planner.set_sources(outs.into_iter().flatten());
         rig.apply();
         let replay = Replay::new(&rig, at.hook(), MOST);
+        let answer = Replay::new(&rig, at.answers(), MOST);
         Self {
             rig,
             replay,
+            answer,
             network,
             at,
             family,
@@ -162,23 +201,31 @@ impl<'a> Bench<'a> {
                 &format!("established UDP, {} flows", count(flows)),
                 |bench| {
                     bench.open(flows, Protocol::Udp);
-                    bench.repeat(RUNS, Expected::Outcome(Outcome::ForwardRemote))
+                    bench.repeat(RUNS, Expected::Outcome(bench.at.outcomes()[0]))
                 },
             );
         }
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             self.case(&format!("new flow {protocol}"), |bench| {
                 bench.rig.clear_flows();
-                let flows = NEW * u32::try_from(bench.options.rounds).expect("counted");
-                let frames = bench.frames(flows.min(MOST), bench.node_port(), protocol, SYN);
+                let frames = bench.frames(bench.once(), bench.frontend(), protocol, SYN);
                 bench.replay.frames(&frames);
                 bench.repeat(NEW, Expected::Outcome(Outcome::Open))
             });
         }
+        self.case("packet that confirms TCP", |bench| {
+            bench.rig.clear_flows();
+            let flows = bench.once().min(ENTRIES / 2);
+            bench.begin(flows, Protocol::Tcp);
+            let frames = bench.frames(flows, bench.frontend(), Protocol::Tcp, ACK);
+            bench.replay.frames(&frames);
+            let runs = flows / u32::try_from(bench.options.rounds).expect("counted");
+            bench.repeat(runs, Expected::Outcome(bench.at.confirms()))
+        });
         self.case("established TCP, 16 k flows, 10 k services", |bench| {
             bench.program(10_000);
             bench.open(16_384, Protocol::Tcp);
-            bench.repeat(RUNS, Expected::Outcome(Outcome::ForwardRemote))
+            bench.repeat(RUNS, Expected::Outcome(bench.at.outcomes()[0]))
         });
         self.case("reject", |bench| {
             let at = SocketAddr::new(node(bench.family), NODE_PORT + 1);
@@ -201,13 +248,13 @@ impl<'a> Bench<'a> {
         let many = count(flows);
         self.case(&format!("established TCP, {many} flows"), |bench| {
             bench.open(flows, Protocol::Tcp);
-            bench.repeat(RUNS, Expected::Outcome(Outcome::ForwardRemote))
+            bench.repeat(RUNS, Expected::Outcome(bench.at.outcomes()[0]))
         });
         self.case(&format!("answer TCP, {many} flows"), |bench| {
             bench.open(flows, Protocol::Tcp);
             let answers = bench.answers(flows, Protocol::Tcp, ACK);
-            bench.replay.frames(&answers);
-            bench.repeat(RUNS, Expected::Outcome(Outcome::ReverseRemote))
+            bench.answer.frames(&answers);
+            bench.repeat_answers(RUNS)
         });
     }
 
@@ -223,29 +270,48 @@ impl<'a> Bench<'a> {
         self.figures.push(figure);
     }
 
-    /// Rounds of so many packets each, in turn with the replay alone, first one and then the other.
+    /// Rounds of so many of the clients' packets each.
     fn repeat(&mut self, runs: u32, expected: Expected) -> Vec<Round> {
-        let (hook, interface) = (self.at.hook(), self.at.interface(&self.network));
-        let per_packet = |duration: std::time::Duration| {
-            #[expect(clippy::cast_precision_loss, reason = "nanoseconds a packet are few")]
-            let nanoseconds = duration.as_nanos() as f64;
-            nanoseconds
-        };
-        let mut rounds = Vec::new();
+        let hook = self.at.hook();
+        self.count(hook, runs, expected, |bench| &mut bench.replay)
+    }
+
+    /// Rounds of so many answers each.
+    fn repeat_answers(&mut self, runs: u32) -> Vec<Round> {
+        let [_, outcome] = self.at.outcomes();
+        let hook = self.at.answers();
+        self.count(hook, runs, Expected::Outcome(outcome), |bench| {
+            &mut bench.answer
+        })
+    }
+
+    /// Rounds of one replay, in turn with its own cost alone, first one and then the other.
+    fn count(
+        &mut self,
+        hook: Hook,
+        runs: u32,
+        expected: Expected,
+        of: impl Fn(&mut Self) -> &mut Replay,
+    ) -> Vec<Round> {
+        let interface = self.at.interface(&self.network);
         let before = self.rig.counters();
-        for round in 0..self.options.rounds {
-            let mut tested = || per_packet(self.replay.run(interface, runs));
-            let (tested, empty) = if round % 2 == 0 {
-                let tested = tested();
-                (tested, per_packet(self.replay.run_empty(interface, runs)))
-            } else {
-                let empty = per_packet(self.replay.run_empty(interface, runs));
-                (per_packet(self.replay.run(interface, runs)), empty)
-            };
-            rounds.push(Round { tested, empty });
-        }
+        let rounds = self.options.rounds;
+        let replay = of(self);
+        let rounds: Vec<_> = (0..rounds)
+            .map(|round| {
+                if round % 2 == 0 {
+                    let tested = nanoseconds(replay.run(interface, runs));
+                    let empty = nanoseconds(replay.run_empty(interface, runs));
+                    Round { tested, empty }
+                } else {
+                    let empty = nanoseconds(replay.run_empty(interface, runs));
+                    let tested = nanoseconds(replay.run(interface, runs));
+                    Round { tested, empty }
+                }
+            })
+            .collect();
         let counted = self.rig.counters().since(&before);
-        let packets = u64::from(runs) * self.options.rounds as u64;
+        let packets = u64::from(runs) * rounds.len() as u64;
         match expected {
             Expected::Ignored => {
                 assert_eq!(counted.iter().count(), 0, "not ignored: {counted:?}");
@@ -266,9 +332,11 @@ impl<'a> Bench<'a> {
     fn program(&mut self, services: u32) {
         let backends: Vec<_> = (0..BACKENDS).map(|n| backend(self.family, n)).collect();
         let of = |protocol| {
-            port("web", protocol, self.family)
-                .node_port(NODE_PORT)
-                .backends(&backends)
+            let port = port("web", protocol, self.family).node_port(NODE_PORT);
+            match self.at {
+                At::Xdp | At::Tc => port.backends(&backends),
+                At::Pod => port.cluster_ip(self.frontend()).local_backends(&backends),
+            }
         };
         self.rig
             .set("web", vec![of(Protocol::Tcp), of(Protocol::Udp)]);
@@ -281,8 +349,17 @@ impl<'a> Bench<'a> {
         }
     }
 
-    fn node_port(&self) -> SocketAddr {
-        SocketAddr::new(node(self.family), NODE_PORT)
+    fn frontend(&self) -> SocketAddr {
+        match self.at {
+            At::Xdp | At::Tc => SocketAddr::new(node(self.family), NODE_PORT),
+            At::Pod => SocketAddr::new(nth(service_net(self.family), CLUSTER_IP), 80),
+        }
+    }
+
+    /// As many flows as there are packets in all rounds.
+    fn once(&self) -> u32 {
+        let rounds = u32::try_from(self.options.rounds).expect("counted");
+        (NEW * rounds).min(MOST)
     }
 
     /// An address that no map knows.
@@ -307,24 +384,18 @@ impl<'a> Bench<'a> {
         whole(protocol, from, to, flags)
     }
 
-    /// Opens flows of as many clients and leaves their packets as what is replayed.
+    /// Opens flows of as many clients, has them answered, and confirms them; leaves the clients' packets as what is
+    /// replayed.
     fn open(&mut self, flows: u32, protocol: Protocol) {
         self.rig.clear_flows();
         let before = self.rig.counters();
-        let all = |bench: &mut Self, frames: &[Frame]| {
-            bench.replay.frames(frames);
-            let runs = u32::try_from(frames.len()).expect("counted");
-            let interface = bench.at.interface(&bench.network);
-            let _duration = bench.replay.run(interface, runs);
-        };
-        let to = self.node_port();
-        all(self, &self.frames(flows, to, protocol, SYN));
-        let answers = self.answers(flows, protocol, SYN | ACK);
-        all(self, &answers);
+        self.begin(flows, protocol);
         if protocol == Protocol::Udp {
             self.rig.age_datagrams();
         }
-        all(self, &self.frames(flows, to, protocol, ACK));
+        let frames = self.frames(flows, self.frontend(), protocol, ACK);
+        self.replay.frames(&frames);
+        let _duration = self.replay.run(self.at.interface(&self.network), flows);
         let counted = self.rig.counters().since(&before);
         let confirmed = counted.get(Count::Event(Event::Promoted));
         let wanted = u64::from(flows);
@@ -334,13 +405,24 @@ impl<'a> Bench<'a> {
         );
     }
 
+    /// Opens flows and has them answered.
+    fn begin(&mut self, flows: u32, protocol: Protocol) {
+        let interface = self.at.interface(&self.network);
+        let frames = self.frames(flows, self.frontend(), protocol, SYN);
+        self.replay.frames(&frames);
+        let _duration = self.replay.run(interface, flows);
+        let answers = self.answers(flows, protocol, SYN | ACK);
+        self.answer.frames(&answers);
+        let answers = u32::try_from(answers.len()).expect("counted");
+        let _duration = self.answer.run(interface, answers);
+    }
+
     /// The backends' answers to the flows there are.
     fn answers(&self, flows: u32, protocol: Protocol, flags: u8) -> Vec<Frame> {
-        let reverse = self.rig.flows().into_iter().filter(|entry| {
-            entry.traits & flow::REVERSE != 0
-                && entry.direction == INBOUND
-                && entry.protocol == protocol as u8
-        });
+        let reverse =
+            self.rig.flows().into_iter().filter(|entry| {
+                entry.traits & flow::REVERSE != 0 && entry.protocol == protocol as u8
+            });
         let frame = |from, to| {
             let mut frame = whole(protocol, from, to, flags);
             // From where the clients' packets acknowledge.
@@ -359,6 +441,12 @@ impl<'a> Bench<'a> {
         );
         frames
     }
+}
+
+/// A round's nanoseconds a packet.
+#[expect(clippy::cast_precision_loss, reason = "nanoseconds a packet are few")]
+fn nanoseconds(duration: std::time::Duration) -> f64 {
+    duration.as_nanos() as f64
 }
 
 /// What a case's packets must meet.

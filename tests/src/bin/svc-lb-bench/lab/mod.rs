@@ -31,8 +31,6 @@ enum Way {
     Routing,
     /// svc-lb, each packet translated at tc.
     Tc,
-    /// svc-lb as it comes: TCP of pods is translated when it connects.
-    Sockets,
     /// The rules of kube-proxy's nftables mode.
     Nftables,
     /// The rules of its iptables mode.
@@ -40,19 +38,12 @@ enum Way {
 }
 
 impl Way {
-    const ALL: [Self; 5] = [
-        Self::Routing,
-        Self::Tc,
-        Self::Sockets,
-        Self::Nftables,
-        Self::Iptables,
-    ];
+    const ALL: [Self; 4] = [Self::Routing, Self::Tc, Self::Nftables, Self::Iptables];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Routing => "routing",
             Self::Tc => "svc-lb tc",
-            Self::Sockets => "svc-lb sockets",
             Self::Nftables => "nftables",
             Self::Iptables => "iptables",
         }
@@ -61,7 +52,7 @@ impl Way {
     /// How many services it is measured with at the most: loading 10,000 into iptables takes minutes.
     const fn most(self) -> u32 {
         match self {
-            Self::Routing | Self::Tc | Self::Sockets | Self::Nftables => u32::MAX,
+            Self::Routing | Self::Tc | Self::Nftables => u32::MAX,
             Self::Iptables => 5_000,
         }
     }
@@ -157,11 +148,11 @@ impl Net {
         let mut agent = None;
         let to = match way {
             Way::Routing => server.addr().socket(Family::V4, TARGET),
-            Way::Tc | Way::Sockets | Way::Nftables | Way::Iptables => vip.socket(Family::V4, PORT),
+            Way::Tc | Way::Nftables | Way::Iptables => vip.socket(Family::V4, PORT),
         };
         match way {
             Way::Routing => {}
-            Way::Tc | Way::Sockets => agent = Some(start(&lab, way, services)?),
+            Way::Tc => agent = Some(start(&lab, services)?),
             Way::Nftables => rules::nftables(&lab, services, server.addr().v4)?,
             Way::Iptables => rules::iptables(&lab, services, server.addr().v4)?,
         }
@@ -180,7 +171,7 @@ impl Net {
 }
 
 /// The agent with so many services, of which the last is the one that is used.
-fn start(lab: &Lab, way: Way, services: u32) -> Result<AgentProcess> {
+fn start(lab: &Lab, services: u32) -> Result<AgentProcess> {
     let server = lab.pod("server");
     let target = Service::new("bench", SERVICES.nth(1))
         .port("tcp", Protocol::Tcp, PORT, TARGET)
@@ -207,10 +198,6 @@ fn start(lab: &Lab, way: Way, services: u32) -> Result<AgentProcess> {
     items.extend(target.objects());
     let manifests = Manifests::create(lab.dir(), &[])?;
     manifests.write_items(&items)?;
-    let mut config =
-        AgentConfig::manifests(manifests.path()).args(["--map-size", "services=65536"]);
-    if way == Way::Tc {
-        // TODO-SOCK
-    }
+    let config = AgentConfig::manifests(manifests.path()).args(["--map-size", "services=65536"]);
     AgentProcess::start(lab, config)
 }
