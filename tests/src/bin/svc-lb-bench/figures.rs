@@ -42,22 +42,23 @@ impl Figure {
         let quiet = rounds.iter().filter(|round| round.empty <= best * QUIET);
         let net = |round: &Round| round.tested - round.empty;
         let quiet: Vec<f64> = quiet.map(net).collect();
+        let all: Vec<f64> = rounds.iter().map(net).collect();
         Self {
             median: median(&quiet),
             quiet: quiet.len(),
-            ..Self::of(case, "ns/packet", rounds.iter().map(net).collect())
+            ..Self::of(case, "ns/packet", &all)
         }
     }
 
     /// The figure of values that are what they are.
-    pub(crate) fn of(case: String, unit: &str, values: Vec<f64>) -> Self {
+    pub(crate) fn of(case: String, unit: &str, values: &[f64]) -> Self {
         let least = values.iter().copied().fold(f64::INFINITY, f64::min);
         let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         Self {
             case,
             unit: unit.to_owned(),
             least,
-            median: median(&values),
+            median: median(values),
             most,
             quiet: values.len(),
             rounds: values.len(),

@@ -112,13 +112,14 @@ fn in_turn(nets: &[Net], services: u32, measure: Measure, rounds: usize) -> Resu
             net.way.name()
         );
         eprintln!("  {case}");
-        figures.push(Figure::of(case.clone(), measure.unit(), values.clone()));
+        figures.push(Figure::of(case.clone(), measure.unit(), values));
         if net.way != Way::Routing {
             let ratios = values
                 .iter()
                 .zip(&limit)
-                .map(|(value, limit)| value / limit);
-            figures.push(Figure::of(case, "of routing", ratios.collect()));
+                .map(|(value, limit)| value / limit)
+                .collect::<Vec<_>>();
+            figures.push(Figure::of(case, "of routing", &ratios));
         }
     }
     Ok(figures)

@@ -251,7 +251,6 @@ fn connects(to: SocketAddr) -> Result<f64> {
     took.get(CONNECTS / 2).copied().context("no connection")
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a figure for people")]
 fn exchanges(to: SocketAddr) -> Result<f64> {
     let (mut count, started) = (0_u32, Instant::now());
     while started.elapsed() < ROUND {
