@@ -109,7 +109,8 @@ outcomes! {
     ForwardRemote = 26, "forward_remote", Pass;
     /// A backend's answer to this node's address, translated back and sent on.
     ReverseRemote = 27, "reverse_remote", Pass;
-    /// XDP cannot finish it (an unresolved neighbour, an interface without XDP, a tag): tc does.
+    /// XDP cannot finish it (an unresolved neighbour, an interface without XDP, a tag, no room for an
+    /// answer): tc does.
     LeftToTc = 28, "left_to_tc", Pass;
     /// No route, or forwarding is off on the interface it came in by, where we forward.
     NoRoute = 29, "no_route", Drop;

@@ -13,6 +13,7 @@ use svc_lb_common::{Addr4, Addr6, Address};
 use crate::config::config;
 use crate::maps;
 use crate::met::Met;
+use crate::open;
 
 mod sealed {
     pub(crate) trait Sealed {}
@@ -64,6 +65,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn vanished() -> &'static HashMap<Self::Addr, u64>;
     /// Whom services admit at load balancer addresses.
     fn source_ranges() -> &'static LpmTrie<Source<Self::Addr>, u32>;
+    /// `open::tuple_is_free`, verified once.
+    fn tuple_is_free() -> bool;
 }
 
 /// IPv4.
@@ -152,6 +155,11 @@ impl Family for V4 {
     fn source_ranges() -> &'static LpmTrie<Source<Addr4>, u32> {
         &maps::SOURCE_RANGES4
     }
+
+    #[inline(always)]
+    fn tuple_is_free() -> bool {
+        open::tuple_is_free4() != 0
+    }
 }
 
 impl Family for V6 {
@@ -238,5 +246,10 @@ impl Family for V6 {
     #[inline(always)]
     fn source_ranges() -> &'static LpmTrie<Source<Addr6>, u32> {
         &maps::SOURCE_RANGES6
+    }
+
+    #[inline(always)]
+    fn tuple_is_free() -> bool {
+        open::tuple_is_free6() != 0
     }
 }

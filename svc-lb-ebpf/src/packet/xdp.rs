@@ -67,7 +67,8 @@ impl XdpPacket {
         // SAFETY: `ctx` is the context the kernel passed to this program.
         match unsafe { bpf_xdp_adjust_tail(self.ctx, delta) } {
             0 => Ok(()),
-            _ => Err(Outcome::RewriteFailed),
+            // No room behind the frame, as behind a veth's small ones. Up to its IP length it is as it came.
+            _ => Err(Outcome::LeftToTc),
         }
     }
 

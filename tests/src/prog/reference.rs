@@ -54,7 +54,7 @@ const CHAIN: usize = 6;
 /// How far from what the backend said an acknowledgement may lie, before or behind.
 const PROOF: i32 = 65_536;
 /// Source ports that are tried for a flow.
-const PORT_TRIES: u64 = 8;
+const PORT_TRIES: u64 = 128;
 /// Ethernet's shortest frame, which XDP sends no shorter one than.
 const SHORTEST: usize = 60;
 /// At most so much of a packet is quoted in an ICMP error.

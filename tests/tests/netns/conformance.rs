@@ -16,7 +16,8 @@ use svc_lb_tests::prog::frame::flags::{ACK, PSH, RST};
 use crate::cluster::{
     BRIEF, CLUSTER_IP, ECHO, Frontend, HTTP, LOAD_BALANCER, NODE_ECHO, NODE_HTTP, NODE_PORT,
     NODE_UDP, SERVICE_ECHO, SERVICE_HTTP, SERVICE_UDP, SOON, Source, UDP, cluster_ip, each_family,
-    ends, everywhere, inside, lab, reaches, serve, serve_all, serves, settles, start,
+    each_mode, ends, everywhere, inside, lab, reaches, serve, serve_all, serves, settles, start,
+    start_in,
 };
 use crate::refusal::{ports, refused, silent};
 
@@ -84,51 +85,53 @@ fn types_change_under_open_connections() {
     }
     let lab = lab();
     let _servers = serve_all(&lab);
-    let external_name = || {
-        inside("web", 80)
-            .spec("type", "ExternalName".into())
-            .spec("externalName", "example.com".into())
-            .pods([lab.pod("r1")])
-    };
-    let internal = || inside("web", 80).pods([lab.pod("r1")]);
-    let on_nodes = || {
-        Service::new("web", cluster_ip(80))
-            .port("http", Protocol::Tcp, SERVICE_HTTP, HTTP)
-            .node_port(NODE_HTTP)
-            .port("echo", Protocol::Tcp, SERVICE_ECHO, ECHO)
-            .node_port(NODE_ECHO)
-            .port("udp", Protocol::Udp, SERVICE_UDP, UDP)
-            .node_port(NODE_UDP)
-            .pods([lab.pod("r1")])
-    };
-    let (pod, outside) = (Source::pod(&lab, "client-r"), Source::outside(&lab, 0));
-    let (manifests, _agent) = start(&lab, &[external_name()]);
-    each_family(|family| {
-        manifests.write(&[external_name()])?;
-        ends(pod, CLUSTER_IP, family);
-        ends(outside, NODE_PORT, family);
+    each_mode(|mode| {
+        let external_name = || {
+            inside("web", 80)
+                .spec("type", "ExternalName".into())
+                .spec("externalName", "example.com".into())
+                .pods([lab.pod("r1")])
+        };
+        let internal = || inside("web", 80).pods([lab.pod("r1")]);
+        let on_nodes = || {
+            Service::new("web", cluster_ip(80))
+                .port("http", Protocol::Tcp, SERVICE_HTTP, HTTP)
+                .node_port(NODE_HTTP)
+                .port("echo", Protocol::Tcp, SERVICE_ECHO, ECHO)
+                .node_port(NODE_ECHO)
+                .port("udp", Protocol::Udp, SERVICE_UDP, UDP)
+                .node_port(NODE_UDP)
+                .pods([lab.pod("r1")])
+        };
+        let (pod, outside) = (Source::pod(&lab, "client-r"), Source::outside(&lab, 0));
+        let (manifests, _agent) = start_in(&lab, &[external_name()], mode);
+        each_family(|family| {
+            manifests.write(&[external_name()])?;
+            ends(pod, CLUSTER_IP, family);
+            ends(outside, NODE_PORT, family);
 
-        manifests.write(&[internal()])?;
-        serves(pod, CLUSTER_IP, family, &["r1"]);
-        ends(outside, NODE_PORT, family);
+            manifests.write(&[internal()])?;
+            serves(pod, CLUSTER_IP, family, &["r1"]);
+            ends(outside, NODE_PORT, family);
 
-        manifests.write(&[on_nodes()])?;
-        serves(outside, NODE_PORT, family, &["r1"]);
-        reaches(outside, NODE_PORT, family, &["r1"]);
-        let mut open = [(pod, CLUSTER_IP), (pod, NODE_PORT), (outside, NODE_PORT)]
-            .map(|(source, frontend)| Flows::open(source, frontend, family).unwrap());
+            manifests.write(&[on_nodes()])?;
+            serves(outside, NODE_PORT, family, &["r1"]);
+            reaches(outside, NODE_PORT, family, &["r1"]);
+            let mut open = [(pod, CLUSTER_IP), (pod, NODE_PORT), (outside, NODE_PORT)]
+                .map(|(source, frontend)| Flows::open(source, frontend, family).unwrap());
 
-        manifests.write(&[internal()])?;
-        ends(outside, NODE_PORT, family);
-        serves(pod, CLUSTER_IP, family, &["r1"]);
-        open.iter_mut()
-            .try_for_each(|flows| flows.go_on("as a ClusterIP"))?;
+            manifests.write(&[internal()])?;
+            ends(outside, NODE_PORT, family);
+            serves(pod, CLUSTER_IP, family, &["r1"]);
+            open.iter_mut()
+                .try_for_each(|flows| flows.go_on("as a ClusterIP"))?;
 
-        manifests.write(&[external_name()])?;
-        ends(pod, CLUSTER_IP, family);
-        // Datagrams have nowhere to stay: their backend serves the Service no longer.
-        open.iter_mut()
-            .try_for_each(|flows| flows.connection_goes_on("as an ExternalName"))
+            manifests.write(&[external_name()])?;
+            ends(pod, CLUSTER_IP, family);
+            // Datagrams have nowhere to stay: their backend serves the Service no longer.
+            open.iter_mut()
+                .try_for_each(|flows| flows.connection_goes_on("as an ExternalName"))
+        });
     });
 }
 
@@ -332,85 +335,87 @@ fn affinity_ends_and_is_switched() {
     }
     let lab = lab();
     let _servers = serve_all(&lab);
-    let all = ["r1", "b1", "far"];
-    let service = |seconds: Option<u64>, names: &[&str]| {
-        let service = everywhere("web").pods(names.iter().map(|name| lab.pod(name)));
-        match seconds {
-            None => service,
-            Some(seconds) => service.spec("sessionAffinity", "ClientIP".into()).spec(
-                "sessionAffinityConfig",
-                json!({"clientIP": {"timeoutSeconds": seconds}}),
-            ),
-        }
-    };
-    let clients = [
-        (Source::pod(&lab, "client-r"), CLUSTER_IP, SERVICE_HTTP),
-        (Source::pod(&lab, "client-b"), NODE_PORT, NODE_HTTP),
-        (Source::outside(&lab, 0), NODE_PORT, NODE_HTTP),
-    ];
-    // Who serves each client, at two ports and in both families. A flow pins its client once it goes both ways.
-    let hits = || -> Result<Vec<String>> {
-        let mut hits = Vec::new();
-        for (source, frontend, http) in clients {
-            for family in Family::BOTH {
-                let client = Client::of(source.ns);
-                let mut echo = client.echo(frontend.addr.socket(family, frontend.echo))?;
-                echo.ping("pinned")?;
-                hits.push(echo.server().to_owned());
-                hits.push(client.hit(frontend.addr.socket(family, http))?);
+    each_mode(|mode| {
+        let all = ["r1", "b1", "far"];
+        let service = |seconds: Option<u64>, names: &[&str]| {
+            let service = everywhere("web").pods(names.iter().map(|name| lab.pod(name)));
+            match seconds {
+                None => service,
+                Some(seconds) => service.spec("sessionAffinity", "ClientIP".into()).spec(
+                    "sessionAffinityConfig",
+                    json!({"clientIP": {"timeoutSeconds": seconds}}),
+                ),
             }
-        }
-        Ok(hits)
-    };
-    let (manifests, _agent) = start(&lab, &[service(Some(STICKY_SECONDS), &["far"])]);
-    // The pin is kept by use, longer than it lasts alone.
-    assert!(hits().unwrap().iter().all(|server| server == "far"));
-    manifests
-        .write(&[service(Some(STICKY_SECONDS), &all)])
-        .unwrap();
-    let begun = Instant::now();
-    while begun.elapsed() < Duration::from_secs(STICKY_SECONDS + 2) {
-        let hits = hits().unwrap();
-        assert!(hits.iter().all(|server| server == "far"), "{hits:?}");
-        std::thread::sleep(Duration::from_millis(300));
-    }
-    std::thread::sleep(Duration::from_millis(STICKY_SECONDS * 1000 + 500));
-    // Of twelve pairs of a client and a port one keeps its pod by chance, but not all.
-    let after = hits().unwrap();
-    assert!(
-        after.iter().any(|server| server != "far"),
-        "still pinned: {after:?}"
-    );
-    assert_eq!(hits().unwrap(), after, "pinned anew");
-
-    let spread = |wanted: bool| {
-        eventually(&format!("clients are spread: {wanted}"), SOON, || {
-            for (source, frontend, _) in clients {
+        };
+        let clients = [
+            (Source::pod(&lab, "client-r"), CLUSTER_IP, SERVICE_HTTP),
+            (Source::pod(&lab, "client-b"), NODE_PORT, NODE_HTTP),
+            (Source::outside(&lab, 0), NODE_PORT, NODE_HTTP),
+        ];
+        // Who serves each client, at two ports and in both families. A flow pins its client once it goes both ways.
+        let hits = || -> Result<Vec<String>> {
+            let mut hits = Vec::new();
+            for (source, frontend, http) in clients {
                 for family in Family::BOTH {
-                    let to = frontend.addr.socket(family, frontend.echo);
-                    let servers = (0..12).map(|_| {
-                        let mut echo = Client::of(source.ns).echo(to)?;
-                        echo.ping("hello")?;
-                        Ok(echo.server().to_owned())
-                    });
-                    let servers: BTreeSet<String> = servers.collect::<Result<_>>()?;
-                    ensure!(
-                        (servers.len() > 1) == wanted,
-                        "{}: {servers:?}",
-                        frontend.kind
-                    );
+                    let client = Client::of(source.ns);
+                    let mut echo = client.echo(frontend.addr.socket(family, frontend.echo))?;
+                    echo.ping("pinned")?;
+                    hits.push(echo.server().to_owned());
+                    hits.push(client.hit(frontend.addr.socket(family, http))?);
                 }
             }
-            Ok(())
-        });
-    };
-    spread(false);
-    manifests.write(&[service(None, &all)]).unwrap();
-    spread(true);
-    manifests.write(&[service(Some(600), &all)]).unwrap();
-    spread(false);
-    manifests.write(&[service(None, &all)]).unwrap();
-    spread(true);
+            Ok(hits)
+        };
+        let (manifests, _agent) = start_in(&lab, &[service(Some(STICKY_SECONDS), &["far"])], mode);
+        // The pin is kept by use, longer than it lasts alone.
+        assert!(hits().unwrap().iter().all(|server| server == "far"));
+        manifests
+            .write(&[service(Some(STICKY_SECONDS), &all)])
+            .unwrap();
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(STICKY_SECONDS + 2) {
+            let hits = hits().unwrap();
+            assert!(hits.iter().all(|server| server == "far"), "{hits:?}");
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        std::thread::sleep(Duration::from_millis(STICKY_SECONDS * 1000 + 500));
+        // Of twelve pairs of a client and a port one keeps its pod by chance, but not all.
+        let after = hits().unwrap();
+        assert!(
+            after.iter().any(|server| server != "far"),
+            "still pinned: {after:?}"
+        );
+        assert_eq!(hits().unwrap(), after, "pinned anew");
+
+        let spread = |wanted: bool| {
+            eventually(&format!("clients are spread: {wanted}"), SOON, || {
+                for (source, frontend, _) in clients {
+                    for family in Family::BOTH {
+                        let to = frontend.addr.socket(family, frontend.echo);
+                        let servers = (0..12).map(|_| {
+                            let mut echo = Client::of(source.ns).echo(to)?;
+                            echo.ping("hello")?;
+                            Ok(echo.server().to_owned())
+                        });
+                        let servers: BTreeSet<String> = servers.collect::<Result<_>>()?;
+                        ensure!(
+                            (servers.len() > 1) == wanted,
+                            "{}: {servers:?}",
+                            frontend.kind
+                        );
+                    }
+                }
+                Ok(())
+            });
+        };
+        spread(false);
+        manifests.write(&[service(None, &all)]).unwrap();
+        spread(true);
+        manifests.write(&[service(Some(600), &all)]).unwrap();
+        spread(false);
+        manifests.write(&[service(None, &all)]).unwrap();
+        spread(true);
+    });
 }
 
 /// C3, C6, D2: where no endpoint of a set is ready, those that serve while they terminate are used: under both policies,
@@ -422,39 +427,41 @@ fn each_set_falls_back_to_terminating_endpoints() {
     }
     let lab = lab();
     let _servers = serve_all(&lab);
-    let local = |service: Service| {
-        service
-            .spec("internalTrafficPolicy", "Local".into())
-            .spec("externalTrafficPolicy", "Local".into())
-    };
-    let (r1, far) = (lab.pod("r1"), lab.pod("far"));
-    let (pod, outside) = (Source::pod(&lab, "client-r"), Source::outside(&lab, 0));
-    let both = everywhere("web").terminating(r1).terminating(far);
-    let (manifests, _agent) = start(&lab, &[both]);
-    for family in Family::BOTH {
-        serves(pod, CLUSTER_IP, family, &["r1", "far"]);
-        serves(outside, NODE_PORT, family, &["r1", "far"]);
-    }
-    manifests
-        .write(&[local(everywhere("web").terminating(r1).pods([far]))])
-        .unwrap();
-    for family in Family::BOTH {
-        serves(pod, CLUSTER_IP, family, &["r1"]);
-        serves(outside, NODE_PORT, family, &["r1"]);
-        serves(pod, NODE_PORT, family, &["far"]);
-    }
-    let gone = everywhere("web")
-        .with_conditions(r1, [false, false, true])
-        .pods([far]);
-    manifests.write(&[local(gone)]).unwrap();
-    for family in Family::BOTH {
-        serves(pod, NODE_PORT, family, &["far"]);
-        for (source, frontend) in [(pod, CLUSTER_IP), (outside, NODE_PORT)] {
-            ends(source, frontend, family);
-            let (tcp, udp) = ports(frontend, family);
-            silent(Client::of(source.ns), tcp, udp);
+    each_mode(|mode| {
+        let local = |service: Service| {
+            service
+                .spec("internalTrafficPolicy", "Local".into())
+                .spec("externalTrafficPolicy", "Local".into())
+        };
+        let (r1, far) = (lab.pod("r1"), lab.pod("far"));
+        let (pod, outside) = (Source::pod(&lab, "client-r"), Source::outside(&lab, 0));
+        let both = everywhere("web").terminating(r1).terminating(far);
+        let (manifests, _agent) = start_in(&lab, &[both], mode);
+        for family in Family::BOTH {
+            serves(pod, CLUSTER_IP, family, &["r1", "far"]);
+            serves(outside, NODE_PORT, family, &["r1", "far"]);
         }
-    }
+        manifests
+            .write(&[local(everywhere("web").terminating(r1).pods([far]))])
+            .unwrap();
+        for family in Family::BOTH {
+            serves(pod, CLUSTER_IP, family, &["r1"]);
+            serves(outside, NODE_PORT, family, &["r1"]);
+            serves(pod, NODE_PORT, family, &["far"]);
+        }
+        let gone = everywhere("web")
+            .with_conditions(r1, [false, false, true])
+            .pods([far]);
+        manifests.write(&[local(gone)]).unwrap();
+        for family in Family::BOTH {
+            serves(pod, NODE_PORT, family, &["far"]);
+            for (source, frontend) in [(pod, CLUSTER_IP), (outside, NODE_PORT)] {
+                ends(source, frontend, family);
+                let (tcp, udp) = ports(frontend, family);
+                silent(Client::of(source.ns), tcp, udp);
+            }
+        }
+    });
 }
 
 /// A client's port in the test of datagrams.
@@ -467,40 +474,42 @@ fn datagrams_from_one_port_follow_the_pods() {
     if !privileged() {
         return;
     }
-    let mut lab = lab();
-    let mut servers = serve_all(&lab);
-    let (manifests, _agent) = start(&lab, &[everywhere("web").pods([lab.pod("r1")])]);
-    let follows = |lab: &Lab, server: &str| {
-        for (source, frontend) in [
-            (Source::pod(lab, "client-r"), CLUSTER_IP),
-            (Source::pod(lab, "client-b"), CLUSTER_IP),
-            (Source::outside(lab, 0), NODE_PORT),
-        ] {
-            for family in Family::BOTH {
-                let to = frontend.addr.socket(family, frontend.udp);
-                let client = Client::of(source.ns).from_port(FIXED).patience(BRIEF);
-                eventually(&format!("{server} answers at {to}"), SOON, || {
-                    let answer = client.udp(to.ip())?.ask_at(to, "where?")?;
-                    ensure!(answer.from == to && answer.server == server, "{answer:?}");
-                    Ok(())
-                });
+    each_mode(|mode| {
+        let mut lab = lab();
+        let mut servers = serve_all(&lab);
+        let (manifests, _agent) = start_in(&lab, &[everywhere("web").pods([lab.pod("r1")])], mode);
+        let follows = |lab: &Lab, server: &str| {
+            for (source, frontend) in [
+                (Source::pod(lab, "client-r"), CLUSTER_IP),
+                (Source::pod(lab, "client-b"), CLUSTER_IP),
+                (Source::outside(lab, 0), NODE_PORT),
+            ] {
+                for family in Family::BOTH {
+                    let to = frontend.addr.socket(family, frontend.udp);
+                    let client = Client::of(source.ns).from_port(FIXED).patience(BRIEF);
+                    eventually(&format!("{server} answers at {to}"), SOON, || {
+                        let answer = client.udp(to.ip())?.ask_at(to, "where?")?;
+                        ensure!(answer.from == to && answer.server == server, "{answer:?}");
+                        Ok(())
+                    });
+                }
             }
+        };
+        follows(&lab, "r1");
+        for (old, new, attach) in [
+            ("r1", "second", Attach::Routed),
+            ("second", "third", Attach::Bridged),
+        ] {
+            servers.push(serve(lab.add_pod(new, NodeName::A, attach).unwrap()));
+            let pods = [old, new].map(|name| lab.pod(name));
+            manifests.write(&[everywhere("web").pods(pods)]).unwrap();
+            manifests
+                .write(&[everywhere("web").pods([lab.pod(new)])])
+                .unwrap();
+            lab.remove_pod(old).unwrap();
+            follows(&lab, new);
         }
-    };
-    follows(&lab, "r1");
-    for (old, new, attach) in [
-        ("r1", "second", Attach::Routed),
-        ("second", "third", Attach::Bridged),
-    ] {
-        servers.push(serve(lab.add_pod(new, NodeName::A, attach).unwrap()));
-        let pods = [old, new].map(|name| lab.pod(name));
-        manifests.write(&[everywhere("web").pods(pods)]).unwrap();
-        manifests
-            .write(&[everywhere("web").pods([lab.pod(new)])])
-            .unwrap();
-        lab.remove_pod(old).unwrap();
-        follows(&lab, new);
-    }
+    });
 }
 
 /// E1, E2, C3, C6: refusal and silence are for new connections: what is open goes on when its service's last endpoint,
@@ -512,55 +521,57 @@ fn open_connections_outlive_an_empty_set() {
     }
     let lab = lab();
     let _servers = serve_all(&lab);
-    let pods = ["r1", "b1"].map(|name| lab.pod(name));
-    let (manifests, _agent) = start(&lab, &[everywhere("web").pods(pods)]);
-    let (pod, outside) = (Source::pod(&lab, "client-r"), Source::outside(&lab, 0));
-    let ways = [
-        (pod, CLUSTER_IP),
-        (pod, NODE_PORT),
-        (outside, NODE_PORT),
-        (outside, LOAD_BALANCER),
-    ];
-    let mut open = Vec::new();
-    for (source, frontend) in ways {
-        for family in Family::BOTH {
-            open.push(Flows::open(source, frontend, family).unwrap());
+    each_mode(|mode| {
+        let pods = ["r1", "b1"].map(|name| lab.pod(name));
+        let (manifests, _agent) = start_in(&lab, &[everywhere("web").pods(pods)], mode);
+        let (pod, outside) = (Source::pod(&lab, "client-r"), Source::outside(&lab, 0));
+        let ways = [
+            (pod, CLUSTER_IP),
+            (pod, NODE_PORT),
+            (outside, NODE_PORT),
+            (outside, LOAD_BALANCER),
+        ];
+        let mut open = Vec::new();
+        for (source, frontend) in ways {
+            for family in Family::BOTH {
+                open.push(Flows::open(source, frontend, family).unwrap());
+            }
         }
-    }
-    let mut all_go_on = |when: &str| {
+        let mut all_go_on = |when: &str| {
+            for flows in &mut open {
+                flows.go_on(when).unwrap();
+            }
+        };
+        let elsewhere = everywhere("web")
+            .spec("internalTrafficPolicy", "Local".into())
+            .spec("externalTrafficPolicy", "Local".into())
+            .pods([lab.pod("far")])
+            .with_conditions(pods[0], [false, true, false])
+            .with_conditions(pods[1], [false, true, false]);
+        manifests.write(&[elsewhere]).unwrap();
+        serves(pod, NODE_PORT, Family::V4, &["far"]);
+        for (source, frontend) in [(pod, CLUSTER_IP), (outside, NODE_PORT)] {
+            let (tcp, udp) = ports(frontend, Family::V4);
+            silent(Client::of(source.ns), tcp, udp);
+        }
+        all_go_on("with a policy that leaves none");
+
+        manifests.write(&[everywhere("web")]).unwrap();
+        for (source, frontend) in ways {
+            for family in Family::BOTH {
+                let (tcp, udp) = ports(frontend, family);
+                ends(source, frontend, family);
+                refused(Client::of(source.ns), tcp, udp);
+            }
+        }
+        all_go_on("without endpoints");
+
+        manifests.write(&[]).unwrap();
+        ends(pod, NODE_PORT, Family::V6);
         for flows in &mut open {
-            flows.go_on(when).unwrap();
+            flows.connection_goes_on("without a Service").unwrap();
         }
-    };
-    let elsewhere = everywhere("web")
-        .spec("internalTrafficPolicy", "Local".into())
-        .spec("externalTrafficPolicy", "Local".into())
-        .pods([lab.pod("far")])
-        .with_conditions(pods[0], [false, true, false])
-        .with_conditions(pods[1], [false, true, false]);
-    manifests.write(&[elsewhere]).unwrap();
-    serves(pod, NODE_PORT, Family::V4, &["far"]);
-    for (source, frontend) in [(pod, CLUSTER_IP), (outside, NODE_PORT)] {
-        let (tcp, udp) = ports(frontend, Family::V4);
-        silent(Client::of(source.ns), tcp, udp);
-    }
-    all_go_on("with a policy that leaves none");
-
-    manifests.write(&[everywhere("web")]).unwrap();
-    for (source, frontend) in ways {
-        for family in Family::BOTH {
-            let (tcp, udp) = ports(frontend, family);
-            ends(source, frontend, family);
-            refused(Client::of(source.ns), tcp, udp);
-        }
-    }
-    all_go_on("without endpoints");
-
-    manifests.write(&[]).unwrap();
-    ends(pod, NODE_PORT, Family::V6);
-    for flows in &mut open {
-        flows.connection_goes_on("without a Service").unwrap();
-    }
+    });
 }
 
 /// C13 (the connection that a segment outside of the window breaks where connection tracking translates): a backend's
@@ -572,43 +583,45 @@ fn segments_outside_the_window_break_nothing() {
     }
     let lab = lab();
     let _servers = serve_all(&lab);
-    let (_manifests, _agent) = start(&lab, &[everywhere("web").pods([lab.pod("r1")])]);
-    let pod = lab.pod("r1");
-    each_family(|family| {
-        for (source, frontend) in [
-            (Source::pod(&lab, "client-r"), CLUSTER_IP),
-            (Source::pod(&lab, "client-b"), CLUSTER_IP),
-            (Source::outside(&lab, 0), NODE_PORT),
-        ] {
-            let to = frontend.addr.socket(family, frontend.echo);
-            let mut echo = Client::of(source.ns).echo(to)?;
-            echo.ping("before")?;
-            let wire = Capture::start(source.ns, "eth0")?;
-            let backend = pod.addr().socket(family, ECHO);
-            let mut stray = Frame::tcp(backend, echo.seen_as(), ACK | PSH);
-            stray.payload = vec![b'x'; STRAY];
-            inject(pod, &stray)?;
-            std::thread::sleep(Duration::from_millis(50));
-            echo.ping("after")?;
-            let seen = wire.stop()?;
-            let what = format!(
-                "{} -> {} over {family}: {seen:?}",
-                source.ns.name(),
-                frontend.kind
-            );
-            let stray = seen.iter().filter(|packet| packet.payload == STRAY);
-            assert!(
-                stray.clone().count() == 1 && stray.clone().all(|packet| packet.from == to),
-                "{what}"
-            );
-            assert!(seen.iter().all(|packet| packet.flags & RST == 0), "{what}");
-            assert!(
-                seen.iter()
-                    .all(|packet| packet.from != backend && packet.to != backend),
-                "{what}"
-            );
-        }
-        Ok(())
+    each_mode(|mode| {
+        let (_manifests, _agent) = start_in(&lab, &[everywhere("web").pods([lab.pod("r1")])], mode);
+        let pod = lab.pod("r1");
+        each_family(|family| {
+            for (source, frontend) in [
+                (Source::pod(&lab, "client-r"), CLUSTER_IP),
+                (Source::pod(&lab, "client-b"), CLUSTER_IP),
+                (Source::outside(&lab, 0), NODE_PORT),
+            ] {
+                let to = frontend.addr.socket(family, frontend.echo);
+                let mut echo = Client::of(source.ns).echo(to)?;
+                echo.ping("before")?;
+                let wire = Capture::start(source.ns, "eth0")?;
+                let backend = pod.addr().socket(family, ECHO);
+                let mut stray = Frame::tcp(backend, echo.seen_as(), ACK | PSH);
+                stray.payload = vec![b'x'; STRAY];
+                inject(pod, &stray)?;
+                std::thread::sleep(Duration::from_millis(50));
+                echo.ping("after")?;
+                let seen = wire.stop()?;
+                let what = format!(
+                    "{} -> {} over {family}: {seen:?}",
+                    source.ns.name(),
+                    frontend.kind
+                );
+                let stray = seen.iter().filter(|packet| packet.payload == STRAY);
+                assert!(
+                    stray.clone().count() == 1 && stray.clone().all(|packet| packet.from == to),
+                    "{what}"
+                );
+                assert!(seen.iter().all(|packet| packet.flags & RST == 0), "{what}");
+                assert!(
+                    seen.iter()
+                        .all(|packet| packet.from != backend && packet.to != backend),
+                    "{what}"
+                );
+            }
+            Ok(())
+        });
     });
 }
 

@@ -6,7 +6,8 @@ use svc_lb_tests::lab::{Attach, Family, Lab, NodeName, privileged, server};
 
 use crate::cluster::{
     CLUSTER_IP, ECHO, FROM_OUTSIDE, FROM_PODS, Frontend, HTTP, NODE_PORT, Source, cluster_ip,
-    each_family, ends, everywhere, inside, lab, reaches, serve, serve_all, serves, settles, start,
+    each_family, each_mode, ends, everywhere, inside, lab, reaches, serve, serve_all, serves,
+    settles, start, start_in,
 };
 use crate::refusal::{ports, silent};
 
@@ -39,21 +40,23 @@ fn local_policy_is_for_outside_clients() {
     }
     let lab = lab();
     let _servers = serve_all(&lab);
-    let service = everywhere("web")
-        .spec("externalTrafficPolicy", "Local".into())
-        .pods(["r1", "far"].map(|name| lab.pod(name)));
-    let (_manifests, _agent) = start(&lab, &[service]);
-    for frontend in FROM_OUTSIDE {
-        for family in Family::BOTH {
-            reaches(Source::outside(&lab, 0), frontend, family, &["r1"]);
-            reaches(
-                Source::pod(&lab, "client-r"),
-                frontend,
-                family,
-                &["r1", "far"],
-            );
+    each_mode(|mode| {
+        let service = everywhere("web")
+            .spec("externalTrafficPolicy", "Local".into())
+            .pods(["r1", "far"].map(|name| lab.pod(name)));
+        let (_manifests, _agent) = start_in(&lab, &[service], mode);
+        for frontend in FROM_OUTSIDE {
+            for family in Family::BOTH {
+                reaches(Source::outside(&lab, 0), frontend, family, &["r1"]);
+                reaches(
+                    Source::pod(&lab, "client-r"),
+                    frontend,
+                    family,
+                    &["r1", "far"],
+                );
+            }
         }
-    }
+    });
 }
 
 /// C6: with internalTrafficPolicy Local a ClusterIP leads to this node's endpoints only.
@@ -209,36 +212,38 @@ fn backends_of_the_host_network() {
         let tcp = server::tcp_echo(ns, node.as_str(), ECHO).unwrap();
         [v4, v6, tcp]
     });
-    let service = everywhere("web")
-        .host_network(NodeName::A)
-        .host_network(NodeName::B);
-    let (manifests, _agent) = start(&lab, &[service]);
-    for family in Family::BOTH {
-        for source in ["client-r", "client-b"] {
-            for frontend in FROM_PODS {
-                let source = Source::pod(&lab, source);
-                reaches(source, frontend, family, &["node-a", "node-b"]);
+    each_mode(|mode| {
+        let service = everywhere("web")
+            .host_network(NodeName::A)
+            .host_network(NodeName::B);
+        let (manifests, _agent) = start_in(&lab, &[service], mode);
+        for family in Family::BOTH {
+            for source in ["client-r", "client-b"] {
+                for frontend in FROM_PODS {
+                    let source = Source::pod(&lab, source);
+                    reaches(source, frontend, family, &["node-a", "node-b"]);
+                }
+            }
+            for frontend in FROM_OUTSIDE {
+                let nodes = ["node-a", "node-b"];
+                reaches(Source::outside(&lab, 0), frontend, family, &nodes);
             }
         }
-        for frontend in FROM_OUTSIDE {
-            let nodes = ["node-a", "node-b"];
-            reaches(Source::outside(&lab, 0), frontend, family, &nodes);
+        let local = || everywhere("web").spec("internalTrafficPolicy", "Local".into());
+        let both = local().host_network(NodeName::A).host_network(NodeName::B);
+        manifests.write(&[both]).unwrap();
+        let clients = ["client-r", "client-b"].map(|name| Source::pod(&lab, name));
+        for (source, family) in clients.into_iter().zip(Family::BOTH) {
+            serves(source, CLUSTER_IP, family, &["node-a"]);
+            reaches(source, CLUSTER_IP, family, &["node-a"]);
         }
-    }
-    let local = || everywhere("web").spec("internalTrafficPolicy", "Local".into());
-    let both = local().host_network(NodeName::A).host_network(NodeName::B);
-    manifests.write(&[both]).unwrap();
-    let clients = ["client-r", "client-b"].map(|name| Source::pod(&lab, name));
-    for (source, family) in clients.into_iter().zip(Family::BOTH) {
-        serves(source, CLUSTER_IP, family, &["node-a"]);
-        reaches(source, CLUSTER_IP, family, &["node-a"]);
-    }
-    manifests
-        .write(&[local().host_network(NodeName::B)])
-        .unwrap();
-    for (source, family) in clients.into_iter().zip(Family::BOTH) {
-        ends(source, CLUSTER_IP, family);
-        let (tcp, udp) = ports(CLUSTER_IP, family);
-        silent(Client::of(source.ns), tcp, udp);
-    }
+        manifests
+            .write(&[local().host_network(NodeName::B)])
+            .unwrap();
+        for (source, family) in clients.into_iter().zip(Family::BOTH) {
+            ends(source, CLUSTER_IP, family);
+            let (tcp, udp) = ports(CLUSTER_IP, family);
+            silent(Client::of(source.ns), tcp, udp);
+        }
+    });
 }

@@ -10,8 +10,8 @@ use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::{Family, Lab, privileged};
 
 use crate::cluster::{
-    CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, Frontend, NODE_PORT, Source, cluster_ip, everywhere,
-    reaches, serve_all, start, start_with,
+    CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, Frontend, NODE_PORT, Source, cluster_ip, each_mode,
+    everywhere, reaches, serve_all, start, start_in, start_with,
 };
 
 /// Far below any timeout.
@@ -107,19 +107,21 @@ fn no_endpoint_is_refused() {
 
 /// E1 by the XDP program: outside clients are refused just so.
 #[test]
-fn no_endpoint_is_refused_by_xdp() {
+fn no_endpoint_is_refused_in_each_mode() {
     if !privileged() {
         return;
     }
     let lab = lab();
     let services = [everywhere("empty")];
-    let (_manifests, _agent) = start_with(&lab, &services, |config| config.xdp("generic"));
-    for family in Family::BOTH {
-        for frontend in FROM_OUTSIDE {
-            let (tcp, udp) = ports(frontend, family);
-            refused(Client::of(lab.client(0).ns()), tcp, udp);
+    each_mode(|mode| {
+        let (_manifests, _agent) = start_in(&lab, &services, mode);
+        for family in Family::BOTH {
+            for frontend in FROM_OUTSIDE {
+                let (tcp, udp) = ports(frontend, family);
+                refused(Client::of(lab.client(0).ns()), tcp, udp);
+            }
         }
-    }
+    });
 }
 
 /// E3: a port that a live ClusterIP does not have is refused. E4: an address of the service range that nobody has is

@@ -6,8 +6,8 @@ use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::{Dual, Family, Lab, privileged};
 
 use crate::cluster::{
-    CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, LOAD_BALANCER, NODE_PORT, Source, each_family, everywhere,
-    reaches, serve_all, start,
+    CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, LOAD_BALANCER, NODE_PORT, Source, each_family, each_mode,
+    everywhere, reaches, serve_all, start, start_in,
 };
 
 /// Drops what connection tracking finds invalid, and masquerades what leaves the pods' network, as CNIs do.
@@ -47,28 +47,34 @@ fn netfilter_drops_nothing() {
     if !privileged() {
         return;
     }
-    for bridge_calls in ["0", "1"] {
-        let lab = lab();
-        let _servers = serve_all(&lab);
-        lab.nft(RULES).unwrap();
-        // Whether netfilter sees what is only switched. Kernels without br_netfilter never do.
-        for key in BRIDGE_CALLS {
-            let set = lab.node_a().sysctl(key, bridge_calls);
-            assert!(set.is_ok() || bridge_calls == "0", "{set:?}");
-        }
-        let all = ["r1", "r2", "b1", "b2", "far"];
-        let (_manifests, _agent) = start(&lab, &[everywhere("web").pods(all.map(|n| lab.pod(n)))]);
-        for family in Family::BOTH {
-            for source in ["r1", "r2", "b1", "b2"] {
-                for frontend in [CLUSTER_IP, LOAD_BALANCER] {
-                    reaches(Source::pod(&lab, source), frontend, family, &all);
+    each_mode(|mode| {
+        for bridge_calls in ["0", "1"] {
+            let lab = lab();
+            let _servers = serve_all(&lab);
+            lab.nft(RULES).unwrap();
+            // Whether netfilter sees what is only switched. Kernels without br_netfilter never do.
+            for key in BRIDGE_CALLS {
+                let set = lab.node_a().sysctl(key, bridge_calls);
+                assert!(set.is_ok() || bridge_calls == "0", "{set:?}");
+            }
+            let all = ["r1", "r2", "b1", "b2", "far"];
+            let (_manifests, _agent) = start_in(
+                &lab,
+                &[everywhere("web").pods(all.map(|n| lab.pod(n)))],
+                mode,
+            );
+            for family in Family::BOTH {
+                for source in ["r1", "r2", "b1", "b2"] {
+                    for frontend in [CLUSTER_IP, LOAD_BALANCER] {
+                        reaches(Source::pod(&lab, source), frontend, family, &all);
+                    }
+                }
+                for frontend in FROM_OUTSIDE {
+                    reaches(Source::outside(&lab, 0), frontend, family, &all);
                 }
             }
-            for frontend in FROM_OUTSIDE {
-                reaches(Source::outside(&lab, 0), frontend, family, &all);
-            }
         }
-    }
+    });
 }
 
 /// Any reverse path filter of the node: routed, bridged, hairpin, outside.
@@ -77,28 +83,34 @@ fn every_reverse_path_filter() {
     if !privileged() {
         return;
     }
-    for mode in 0..=2 {
-        let lab = Lab::builder()
-            .routed("r1")
-            .bridged("b1")
-            .remote("far")
-            .clients(1)
-            .rp_filter(mode)
-            .build()
-            .unwrap();
-        let _servers = serve_all(&lab);
-        let all = ["r1", "b1", "far"];
-        let (_manifests, _agent) = start(&lab, &[everywhere("web").pods(all.map(|n| lab.pod(n)))]);
-        for family in Family::BOTH {
-            for source in ["r1", "b1"] {
-                reaches(Source::pod(&lab, source), CLUSTER_IP, family, &all);
-                reaches(Source::pod(&lab, source), NODE_PORT, family, &all);
-            }
-            for frontend in FROM_OUTSIDE {
-                reaches(Source::outside(&lab, 0), frontend, family, &all);
+    each_mode(|mode| {
+        for filter in 0..=2 {
+            let lab = Lab::builder()
+                .routed("r1")
+                .bridged("b1")
+                .remote("far")
+                .clients(1)
+                .rp_filter(filter)
+                .build()
+                .unwrap();
+            let _servers = serve_all(&lab);
+            let all = ["r1", "b1", "far"];
+            let (_manifests, _agent) = start_in(
+                &lab,
+                &[everywhere("web").pods(all.map(|n| lab.pod(n)))],
+                mode,
+            );
+            for family in Family::BOTH {
+                for source in ["r1", "b1"] {
+                    reaches(Source::pod(&lab, source), CLUSTER_IP, family, &all);
+                    reaches(Source::pod(&lab, source), NODE_PORT, family, &all);
+                }
+                for frontend in FROM_OUTSIDE {
+                    reaches(Source::outside(&lab, 0), frontend, family, &all);
+                }
             }
         }
-    }
+    });
 }
 
 /// C2, C11, E10: clients' wires carry the frontend's address, pods' wires the pods' own, each with right checksums,
