@@ -1,17 +1,18 @@
 //! `cargo xtask vm`: the agent and its programs on the kernels of Debian's releases, in QEMU.
 //!
-//! An initramfs holds the agent, an init of our own (`tests/src/bin/vm-init.rs`) and the kernel modules it needs,
-//! and nothing else: no distribution to install, a boot takes seconds.
+//! An initramfs holds the agent, an init of our own (`tests/src/bin/vm-init.rs`), the scenarios of `tests/tests/netns.rs`
+//! and the kernel modules they need, and nothing else: no distribution to install, a boot takes seconds.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::path::{Path, absolute};
+use std::path::{Path, PathBuf, absolute};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use cargo_metadata::Message;
 use clap::ValueEnum as _;
 
 use crate::setup::{self, Need};
@@ -28,17 +29,17 @@ const INIT: &str = "vm-init";
 /// Boot Debian kernels in QEMU and check that svc-lb works on them.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  cargo xtask vm all              5.10, 6.1, 6.12 and the newest\n  cargo xtask vm 5.10             one kernel\n  cargo xtask vm 5.10 -- lab      one test of the init (tests/src/bin/vm-init.rs)\n\nConsoles are kept in target/vm/<kernel>/console.log."
+    after_help = "Examples:\n  cargo xtask vm all              5.10, 6.1, 6.12 and the newest\n  cargo xtask vm 5.10             one kernel\n  cargo xtask vm 5.10 -- lab      one test of the init (tests/src/bin/vm-init.rs)\n  cargo xtask vm 6.1 -- remote::  scenarios of tests/tests/netns.rs by a part of their names\n\nConsoles are kept in target/vm/<kernel>/console.log."
 )]
 pub(crate) struct Args {
     /// Kernels to boot.
     #[arg(value_enum, required = true)]
     kernels: Vec<Kernel>,
-    /// Tests to run inside; all of them if none is named.
+    /// Tests to run inside, or parts of scenarios' names; the init's own choice for the kernel if none is named.
     #[arg(last = true)]
     tests: Vec<String>,
     /// Give up on a kernel after this many seconds.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 1200)]
     timeout: u64,
     /// Use the processor's virtualisation instead of emulation.
     #[arg(long)]
@@ -95,6 +96,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let agent = build::agent(false)?;
     proc::run(proc::cargo().args(["build", "--package", "svc-lb-tests", "--bin", INIT]))?;
     let init = proc::target_dir().join("debug").join(INIT);
+    let scenarios = scenarios()?;
+    let object = absolute(build::BPF_OBJECT)?;
 
     let mut kernels = args.kernels.clone();
     if kernels.contains(&Kernel::All) {
@@ -108,7 +111,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let unpacked = kernel::fetch(kernel.suite(), &dir, args.refresh)
             .with_context(|| format!("kernel {name}"))?;
         let initramfs = dir.join("initramfs.cpio");
-        initramfs::write(&initramfs, &unpacked, &init, &agent)?;
+        let programs = initramfs::Programs {
+            init: &init,
+            agent: &agent,
+            scenarios: &scenarios,
+            object: &object,
+        };
+        initramfs::write(&initramfs, &unpacked, &programs)?;
         let boot = Boot {
             name: &name,
             kernel: &unpacked.image,
@@ -141,6 +150,21 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         bail!("failed on {}", failed.join(", "));
     }
     Ok(())
+}
+
+/// Builds the scenarios' test program and returns its path.
+fn scenarios() -> Result<PathBuf> {
+    let mut cargo = proc::cargo();
+    cargo.args(["test", "--no-run", "--package", "svc-lb-tests"]);
+    cargo.args(["--test", "netns", "--message-format", "json"]);
+    let messages = proc::capture_bytes(&mut cargo)?;
+    let mut executable = None;
+    for message in Message::parse_stream(messages.as_slice()) {
+        if let Message::CompilerArtifact(artifact) = message? {
+            executable = artifact.executable.or(executable);
+        }
+    }
+    Ok(executable.context("cargo built no test program")?.into())
 }
 
 /// One boot of one kernel.
@@ -228,7 +252,7 @@ impl Boot<'_> {
             ("tcg", "max,-cx16")
         };
         cmd.args(["-accel", accelerator, "-cpu", cpu])
-            .args(["-smp", "2", "-m", "1024"])
+            .args(["-smp", "2", "-m", "2048"])
             .args(["-nodefaults", "-display", "none", "-serial", "stdio"])
             .args(["-no-reboot", "-kernel"])
             .arg(self.kernel)
@@ -237,7 +261,7 @@ impl Boot<'_> {
         // A setting the kernel does not know goes into the init's environment; what follows `--` into its arguments.
         let tests = self.tests.join(" ");
         cmd.arg("-append").arg(format!(
-            "console=ttyS0 panic=-1 loglevel=4 rdinit=/init SVC_LB_BIN=/bin/svc-lb -- {tests}"
+            "console=ttyS0 panic=-1 loglevel=4 rdinit=/init SVC_LB_BIN=/bin/svc-lb PATH=/bin -- {tests}"
         ));
         cmd
     }

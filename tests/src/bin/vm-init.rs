@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Write as _, stdout};
 use std::path::Path;
-use std::process::ExitCode;
-use std::time::Duration;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
 use std::{env, process};
 
 use anyhow::{Context as _, Result, bail};
@@ -26,7 +26,7 @@ use svc_lb_tests::lab::agent::{self, AgentConfig, AgentProcess};
 use svc_lb_tests::lab::client::Client;
 use svc_lb_tests::lab::objects::{Manifests, Protocol, Service};
 use svc_lb_tests::lab::process::collected;
-use svc_lb_tests::lab::{Family, Lab, POD_INTERFACES, UPLINK, sctp, server};
+use svc_lb_tests::lab::{self, Family, Lab, POD_INTERFACES, UPLINK, sctp, server};
 
 /// A test that `cargo xtask vm` can run by name.
 type Test = fn() -> Result<()>;
@@ -76,18 +76,60 @@ fn run() -> Result<()> {
         ("clusterip", clusterip),
         ("sctp", sctp_associations),
     ];
-    if let Some(unknown) = wanted
-        .iter()
-        .find(|name| tests.iter().all(|(test, _)| test != name))
-    {
-        bail!("there is no test {unknown}");
-    }
     for (name, test) in tests {
         if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
             test().with_context(|| (*name).to_owned())?;
             say(&format!("{name} ok"));
         }
     }
+    let is_test = |wanted: &String| tests.iter().any(|(test, _)| test == wanted);
+    if wanted.is_empty() && has_everything(&system.release().to_string_lossy()) {
+        return scenarios(&SCENARIOS.map(str::to_owned));
+    }
+    let named: Vec<String> = wanted.into_iter().filter(|name| !is_test(name)).collect();
+    if named.is_empty() {
+        return Ok(());
+    }
+    scenarios(&named)
+}
+
+/// The scenarios that every kernel since 6.1 is to pass: clients outside, backends everywhere, and what needs devices that
+/// not every kernel has.
+const SCENARIOS: [&str; 3] = [
+    "remote::outside_clients_reach_every_backend",
+    "overlay::",
+    "uplinks::",
+];
+/// The test program with the scenarios.
+const PROGRAM: &str = "/bin/scenarios";
+/// How much slower than elsewhere everything is here: the processor is emulated, by few of the machine's own.
+const SLOWNESS: &str = "8";
+
+/// Whether it is a kernel for all of svc-lb: 6.1 or later.
+fn has_everything(release: &str) -> bool {
+    let mut numbers = release.split(['.', '-']).map(str::parse::<u32>);
+    match (numbers.next(), numbers.next()) {
+        (Some(Ok(major)), Some(Ok(minor))) => (major, minor) >= (6, 1),
+        _ => false,
+    }
+}
+
+/// Runs scenarios by parts of their names, one at a time, also those that the development machine's kernel cannot run.
+fn scenarios(names: &[String]) -> Result<()> {
+    let started = Instant::now();
+    let status = Command::new(PROGRAM)
+        .args(names)
+        .args(["--test-threads", "1", "--include-ignored"])
+        .env(lab::SLOWNESS, SLOWNESS)
+        .status()
+        .with_context(|| format!("start {PROGRAM}"))?;
+    if !status.success() {
+        bail!("scenarios {}: {status}", names.join(" "));
+    }
+    say(&format!(
+        "scenarios ok ({:.0} s)",
+        started.elapsed().as_secs_f32()
+    ));
     Ok(())
 }
 

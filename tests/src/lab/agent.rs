@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 
 use super::addresses::{Family, LB_POOL, SERVICES};
 use super::netns::Namespace;
+use super::patient;
 use super::process::{Process, collected};
 use super::receiver::Receiver;
 use super::topology::{Lab, NodeName, POD_INTERFACES};
@@ -20,7 +21,7 @@ use super::topology::{Lab, NodeName, POD_INTERFACES};
 /// Environment variable that names the agent binary.
 pub const BINARY: &str = "SVC_LB_BIN";
 
-/// Limit for anything the agent is asked to do.
+/// Limit for anything the agent is asked to do; see [`patient`].
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How node-a's uplinks take packets.
@@ -145,7 +146,7 @@ impl AgentProcess {
             bail!("the agent is not running");
         };
         process.signal(Signal::SIGTERM)?;
-        let status = process.wait(PATIENCE)?;
+        let status = process.wait(patient(PATIENCE))?;
         if !status.success() {
             bail!("the agent ended with {status}; {}", self.log_tail());
         }
@@ -169,7 +170,7 @@ impl AgentProcess {
             .arg(&self.pin_dir)
             .arg("--admin-socket")
             .arg(&self.admin_socket);
-        self.node.start(command)?.output(PATIENCE)
+        self.node.start(command)?.output(patient(PATIENCE))
     }
 
     /// The standard output of a subcommand that must succeed.
@@ -198,7 +199,7 @@ impl AgentProcess {
         }
         let mut command = collected(&self.binary);
         command.arg("detach").arg("--pin-dir").arg(&self.pin_dir);
-        let output = self.node.start(command)?.output(PATIENCE)?;
+        let output = self.node.start(command)?.output(patient(PATIENCE))?;
         if !output.status.success() {
             bail!(
                 "svc-lb detach failed: {}",
@@ -270,7 +271,7 @@ impl AgentProcess {
 
     /// Ready means that the admin socket answers `status`.
     fn wait_ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patient(PATIENCE);
         loop {
             if let Some(process) = &mut self.process
                 && let Some(status) = process.ended()?

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::netns::Namespace;
+use super::patient;
 use super::process::collected;
 
 /// How long a client waits by default.
@@ -62,11 +63,11 @@ impl<'a> Client<'a> {
     /// Connects over TCP.
     pub fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
         let socket = self.socket(to.ip(), Type::STREAM, Protocol::TCP)?;
-        socket.connect_timeout(&to.into(), self.patience)?;
+        socket.connect_timeout(&to.into(), patient(self.patience))?;
         socket.set_tcp_nodelay(true)?;
         let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(self.patience))?;
-        stream.set_write_timeout(Some(self.patience))?;
+        stream.set_read_timeout(Some(patient(self.patience)))?;
+        stream.set_write_timeout(Some(patient(self.patience)))?;
         Ok(stream)
     }
 
@@ -121,7 +122,7 @@ impl<'a> Client<'a> {
             };
             socket2::SockRef::from(&socket).bind(&SocketAddr::new(any, 0).into())?;
         }
-        socket.set_read_timeout(Some(self.patience))?;
+        socket.set_read_timeout(Some(patient(self.patience)))?;
         Ok(Udp { socket })
     }
 

@@ -33,6 +33,8 @@ pub mod server;
 mod topology;
 pub mod wires;
 
+use std::time::{Duration, Instant};
+
 pub use addresses::{Dual, Family};
 pub use agent::{AgentProcess, Mode};
 pub use bpf::KernelState;
@@ -62,23 +64,35 @@ pub fn privileged() -> bool {
     false
 }
 
-/// Tries until `condition` gives a value, at most for `limit`.
+/// Environment variable with a factor for time limits, where the machine is slow.
+pub const SLOWNESS: &str = "SVC_LB_TEST_SLOWNESS";
+
+/// A time limit as long as the machine needs it: times [`SLOWNESS`].
+#[must_use]
+pub fn patient(limit: Duration) -> Duration {
+    let slowness = std::env::var(SLOWNESS).ok();
+    let factor = slowness.and_then(|factor| factor.parse().ok()).unwrap_or(1);
+    limit.saturating_mul(factor)
+}
+
+/// Tries until `condition` gives a value, at most for `limit`, or as long as a slow machine needs.
 ///
 /// # Panics
 /// With the last reason why not.
 pub fn eventually<T>(
     what: &str,
-    limit: std::time::Duration,
+    limit: Duration,
     mut condition: impl FnMut() -> anyhow::Result<T>,
 ) -> T {
-    let deadline = std::time::Instant::now() + limit;
+    let limit = patient(limit);
+    let deadline = Instant::now() + limit;
     loop {
         match condition() {
             Ok(value) => return value,
-            Err(error) if std::time::Instant::now() >= deadline => {
+            Err(error) if Instant::now() >= deadline => {
                 panic!("{what}: not within {limit:?}: {error:#}")
             }
-            Err(_) => std::thread::sleep(std::time::Duration::from_millis(10)),
+            Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }
 }

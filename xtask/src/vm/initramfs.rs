@@ -1,4 +1,4 @@
-//! The initramfs: our init, the agent, the shared libraries they name, the modules.
+//! The initramfs: our init, the agent, the scenarios, the shared libraries they name, the modules.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,8 +17,21 @@ const DIRECTORIES: &[&str] = &["dev", "proc", "sys", "run", "tmp", "var", "etc"]
 const DIRECTORY_MODE: u32 = 0o040_755;
 const FILE_MODE: u32 = 0o100_755;
 
+/// What runs in the machine.
+pub(super) struct Programs<'a> {
+    pub(super) init: &'a Path,
+    pub(super) agent: &'a Path,
+    /// The scenarios of `tests/tests/netns.rs`.
+    pub(super) scenarios: &'a Path,
+    /// The programs that the lab loads itself; found where they are on this machine.
+    pub(super) object: &'a Path,
+}
+
+/// Tools that scenarios call; where the init looks for programs.
+const TOOLS: &[(&str, &str)] = &[("bin/ip", "/usr/sbin/ip"), ("bin/nft", "/usr/sbin/nft")];
+
 /// Writes the archive. Modules are `modules/<number>-<name>.ko`, to be loaded by number.
-pub(super) fn write(to: &Path, kernel: &Kernel, init: &Path, agent: &Path) -> Result<()> {
+pub(super) fn write(to: &Path, kernel: &Kernel, programs: &Programs<'_>) -> Result<()> {
     let file = File::create(to).with_context(|| format!("create {}", to.display()))?;
     let mut archive = Archive {
         out: BufWriter::new(file),
@@ -27,13 +40,33 @@ pub(super) fn write(to: &Path, kernel: &Kernel, init: &Path, agent: &Path) -> Re
     for directory in DIRECTORIES {
         archive.directory(Path::new(directory))?;
     }
-    for (path, program) in [("init", init), ("bin/svc-lb", agent)] {
-        let content = fs::read(program).with_context(|| format!("read {}", program.display()))?;
-        archive.file(path, &content)?;
+    let Programs {
+        init,
+        agent,
+        scenarios,
+        object,
+    } = programs;
+    let ours = [
+        ("init", *init),
+        ("bin/svc-lb", agent),
+        ("bin/scenarios", scenarios),
+    ];
+    for (path, program) in ours {
+        archive.file(path, &stripped(program)?)?;
     }
-    for library in libraries(&[init, agent])? {
-        let content = fs::read(&library).with_context(|| format!("read {library}"))?;
-        archive.file(library.trim_start_matches('/'), &content)?;
+    let tools = TOOLS.iter().map(|(path, tool)| (*path, Path::new(tool)));
+    for (path, tool) in tools.clone() {
+        archive.file(path, &read(tool)?)?;
+    }
+    let object_path = object.to_string_lossy();
+    archive.file(object_path.trim_start_matches('/'), &read(object)?)?;
+    let programs: Vec<&Path> = ours
+        .into_iter()
+        .chain(tools)
+        .map(|(_, path)| path)
+        .collect();
+    for library in libraries(&programs)? {
+        archive.file(library.trim_start_matches('/'), &read(Path::new(&library))?)?;
     }
     for (number, module) in kernel.modules.iter().enumerate() {
         archive.file(
@@ -46,6 +79,19 @@ pub(super) fn write(to: &Path, kernel: &Kernel, init: &Path, agent: &Path) -> Re
         .out
         .flush()
         .with_context(|| format!("write {}", to.display()))
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    fs::read(file).with_context(|| format!("read {}", file.display()))
+}
+
+/// A program without what debuggers need, which is most of it: all of it lies in the machine's memory.
+fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let to = tempfile::NamedTempFile::new()?;
+    let mut strip = Command::new("strip");
+    strip.arg("--strip-debug").arg("-o").arg(to.path());
+    proc::run(strip.arg(program))?;
+    read(to.path())
 }
 
 struct Archive {
