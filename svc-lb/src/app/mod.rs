@@ -48,6 +48,7 @@ use crate::dataplane::kernel::Kernel;
 use crate::dataplane::links::{Links, LinksError};
 use crate::dataplane::loader::{self, LoadError, Programs};
 use crate::dataplane::pins::{PinError, PinLock, Pins};
+use crate::dataplane::reserve::{self, ReserveError};
 use crate::dataplane::sizes::{MapSizes, SizeOverride};
 use crate::dataplane::vanished::{Vanished, VanishedError};
 use crate::dataplane::{DataplaneError, Timeouts, probe};
@@ -128,7 +129,7 @@ pub enum AppError {
     #[error(transparent)]
     Node(#[from] NodeError),
     #[error(transparent)]
-    Ports(#[from] node::snat_ports::PortsError),
+    Reserve(#[from] ReserveError),
     #[error(transparent)]
     Admin(#[from] AdminError),
     #[error("{operation}")]
@@ -167,8 +168,6 @@ pub async fn run(settings: Settings) -> Result<(), AppError> {
         .transpose()?;
     let admin = Admin::open(&settings.admin_socket).await?;
 
-    let ports = settings.config.snat_first..=settings.config.snat_last;
-    node::snat_ports::check(&ports)?;
     let prepared = Prepared::new(&settings)?;
     let reconciler = Reconciler::new(
         reconcile::Settings {
@@ -253,6 +252,8 @@ impl Prepared {
         let pins = &settings.pins;
         pins.prepare()?;
         let lock = pins.lock()?;
+        let ports = settings.config.snat_first..=settings.config.snat_last;
+        reserve::reserve(pins, &ports)?;
         let sizes = MapSizes::for_this_machine(&settings.sizes)
             .map_err(system("read the memory's size"))?;
         let loader::Loaded {

@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result};
 
 use super::{Global, output};
 use crate::dataplane::attach::detach_everything;
+use crate::dataplane::reserve;
 use crate::node;
 
 /// Remove every program, map, link, filter and directory of the agent: the node is as it was.
@@ -35,6 +36,7 @@ pub(super) fn run(_: &Args, global: &Global) -> Result<ExitCode> {
         let node = node::read(&netlink).await?;
         anyhow::Ok(detach_everything(&pins, &netlink, node.links.into_keys()).await?)
     })?;
+    reserve::release(&pins)?;
     drop(lock);
     pins.remove_base()
         .with_context(|| format!("clean up {}", pins.base().display()))?;

@@ -29,6 +29,7 @@ pub mod loader;
 pub mod memory;
 pub mod pins;
 pub mod probe;
+pub mod reserve;
 pub mod sizes;
 pub mod sys;
 pub mod timeouts;

@@ -11,6 +11,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -86,6 +87,9 @@ pub struct LinkName {
     /// What it holds.
     pub what: Linked,
 }
+
+/// How the notes about reserved ports are called.
+const RESERVED_PREFIX: &str = "reserved-";
 
 /// What an entry of the links directory holds.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -269,6 +273,32 @@ impl Pins {
             .filter(|version| *version != self.version)
             .map(|version| Self::of_layout(&self.base, version))
             .collect())
+    }
+
+    /// Notes that these ports were put on the kernel's list of reserved ports.
+    pub fn note_reserved(&self, ports: &RangeInclusive<u16>) -> Result<(), PinError> {
+        let path = self.reserved_note(ports);
+        fs::create_dir_all(&path).map_err(|source| PinError::file("create", &path, source))
+    }
+
+    /// Removes such a note.
+    pub fn forget_reserved(&self, ports: &RangeInclusive<u16>) -> Result<(), PinError> {
+        remove_dir(&self.reserved_note(ports))
+    }
+
+    /// Ports that are noted so.
+    pub fn reserved(&self) -> Result<Vec<RangeInclusive<u16>>, PinError> {
+        let names = entries(&self.base)?;
+        let ranges = names.iter().filter_map(|name| {
+            let (first, last) = name.strip_prefix(RESERVED_PREFIX)?.split_once('-')?;
+            Some(first.parse().ok()?..=last.parse().ok()?)
+        });
+        Ok(ranges.collect())
+    }
+
+    fn reserved_note(&self, ports: &RangeInclusive<u16>) -> PathBuf {
+        let (first, last) = (ports.start(), ports.end());
+        self.base.join(format!("{RESERVED_PREFIX}{first}-{last}"))
     }
 
     /// Entries of the links directory, sorted. What is not ours is named in the log and left out.

@@ -145,3 +145,30 @@ fn cluster_ips_are_reached_where_they_are_routed() {
         wires.check();
     });
 }
+
+/// C14: while the agent's programs are there the kernel gives no connection of the node's own a port of theirs; what the
+/// operator reserved before is reserved afterwards, and nothing else.
+#[test]
+fn ports_of_translated_sources_are_reserved_until_detach() {
+    if !privileged() {
+        return;
+    }
+    const LIST: &str = "net.ipv4.ip_local_reserved_ports";
+    let lab = Lab::builder().build().unwrap();
+    let node = lab.node_a();
+    node.sysctl(LIST, "8080,61500-62000").unwrap();
+    let list = || {
+        let path = format!("/proc/sys/{}", LIST.replace('.', "/"));
+        node.run(|| std::fs::read_to_string(path)).unwrap()
+    };
+    let (_manifests, mut agent) = start_with(&lab, &[], |config| {
+        // Ports that connections of the node would get.
+        config.args(["--snat-ports", "60000-65535"])
+    });
+    assert_eq!(list().trim(), "8080,60000-65535");
+    agent.kill().unwrap();
+    assert_eq!(list().trim(), "8080,60000-65535", "flows go on");
+    agent.restart().unwrap();
+    agent.detach().unwrap();
+    assert_eq!(list().trim(), "8080,61500-62000");
+}
