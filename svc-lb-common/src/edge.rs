@@ -21,5 +21,6 @@ record! {
 pub const UPLINK: u32 = 1 << 0;
 /// Towards a pod.
 pub const POD: u32 = 1 << 1;
-/// `xdp_ingress` runs on it, ahead of `tc_ingress`.
+/// `xdp_ingress` has seen what comes in here ahead of `tc_ingress`: it runs on it, or on the interface that it
+/// is a VLAN of, where the tag may have been off already.
 pub const XDP: u32 = 1 << 2;

@@ -62,7 +62,7 @@ outcomes! {
     OtherProtocol = 3, "other_protocol", Pass;
     /// The address may be ours by its hash, but no frontend or flow matches.
     NoFrontend = 4, "no_frontend", Pass;
-    /// A VLAN tag that the kernel has taken off, or more than two tags.
+    /// A frame with a VLAN tag, in it or taken off already: it is for the VLAN interface above.
     Vlan = 5, "vlan", Pass;
     /// Translated along an established flow, by the client.
     Forward = 6, "forward", Pass;

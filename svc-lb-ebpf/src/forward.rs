@@ -5,7 +5,6 @@ use core::mem::offset_of;
 
 use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::helpers::generated::bpf_fib_lookup;
-use network_types::eth::EthHdr;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use network_types::udp::UdpHdr;
 use svc_lb_common::conntrack::flow;
@@ -235,13 +234,12 @@ pub(crate) fn related_away<P: Packet, F: Family<Addr: Wire> + TimeToLive + Route
     }
 }
 
-/// Whether XDP can send the packet where its route leads: the frame has no tag, whose interface we
-/// would not know, and there is a driver that takes frames.
+/// Whether XDP can send the packet where its route leads: a driver takes frames there.
 #[inline(always)]
 fn xdp_sends<P: Packet, A: Address>(packet: &P, met: &Met<A>) -> bool {
     let interface = met.route.ifindex;
     let takes = || link(interface).is_some_and(|link| link.bits & link::XDP != 0);
-    met.l3 as usize == EthHdr::LEN && (interface == packet.interface() || takes())
+    interface == packet.interface() || takes()
 }
 
 /// A family that can ask the kernel for a route.

@@ -14,7 +14,6 @@ use network_types::icmp::Icmpv4Hdr;
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use network_types::tcp::TcpHdr;
 use network_types::udp::UdpHdr;
-use network_types::vlan::VlanHdr;
 use svc_lb_common::outcome::{Hook, Outcome};
 use svc_lb_common::{Addr4, Addr6, Be16};
 
@@ -164,7 +163,7 @@ macro_rules! header {
         )*
     };
 }
-header!(EthHdr, VlanHdr, Ipv4Hdr, Ipv6Hdr, TcpHdr, UdpHdr, Icmpv4Hdr);
+header!(EthHdr, Ipv4Hdr, Ipv6Hdr, TcpHdr, UdpHdr, Icmpv4Hdr);
 
 /// A packet at one hook, from its link-layer header on.
 pub(crate) trait Packet {

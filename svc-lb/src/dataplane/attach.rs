@@ -73,6 +73,9 @@ pub struct XdpStatus {
     pub reason: String,
 }
 
+/// [`XdpStatus::mode`] where it does not run.
+const OFF: &str = "off";
+
 /// One edge as it is.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 pub struct EdgeStatus {
@@ -166,6 +169,7 @@ impl Attacher {
             let wanted = wanted.clone();
             self.attached.insert(*ifindex, Attached { wanted, status });
         }
+        self.announce_xdp_below(choice);
         for ifindex in self.surplus(choice) {
             match self.detach(ifindex).await {
                 Ok(()) => {
@@ -176,6 +180,18 @@ impl Attacher {
                     info!(ifindex, interface, "edge detached");
                 }
                 Err(error) => warn!(ifindex, %error, "edge not detached; tried again"),
+            }
+        }
+    }
+
+    /// Tells VLAN interfaces about XDP on the interface below, whichever of the two came first.
+    fn announce_xdp_below(&mut self, choice: &Choice) {
+        for (ifindex, wanted) in &choice.edges {
+            let runs = self.runs_xdp().contains(ifindex);
+            if wanted.link.vlan_of.is_some()
+                && let Err(error) = self.write(wanted, runs)
+            {
+                warn!(interface = wanted.link.name, %error, "edge not entered; tried again");
             }
         }
     }
@@ -209,9 +225,9 @@ impl Attacher {
     /// Interfaces that `xdp_ingress` runs on.
     #[must_use]
     pub fn runs_xdp(&self) -> BTreeSet<u32> {
-        self.written
+        self.attached
             .iter()
-            .filter(|(_, edge)| edge.bits & edge::XDP != 0)
+            .filter(|(_, edge)| edge.status.xdp.mode != OFF)
             .map(|(ifindex, _)| *ifindex)
             .collect()
     }
@@ -245,7 +261,7 @@ impl Attacher {
             .to_owned(),
             tc: self.tc,
             xdp: XdpStatus {
-                mode: "off".to_owned(),
+                mode: OFF.to_owned(),
                 reason: wanted.xdp.reason.to_owned(),
             },
             bridge: wanted.bridge,
@@ -427,6 +443,8 @@ impl Attacher {
             Role::Uplink => edge::UPLINK,
             Role::Pod => edge::POD,
         };
+        let below = wanted.link.vlan_of;
+        let xdp = xdp || below.is_some_and(|below| self.runs_xdp().contains(&below));
         let edge = Edge {
             bits: role | if xdp { edge::XDP } else { 0 },
             bridge: wanted.bridge.unwrap_or(0),

@@ -137,7 +137,7 @@ pub fn choose(node: &Node, settings: &EdgeSettings) -> Choice {
         }
         let wanted = Wanted {
             role,
-            xdp: xdp(link, role, settings.xdp),
+            xdp: xdp(node, link, role, settings),
             bridge: node.bridge_of(link).map(|bridge| bridge.index),
             link: link.clone(),
         };
@@ -183,7 +183,12 @@ fn matches(patterns: &[Pattern], name: &str) -> bool {
     patterns.iter().any(|pattern| pattern.matches(name))
 }
 
-fn xdp(link: &Link, role: Role, mode: XdpMode) -> XdpChoice {
+fn xdp(node: &Node, link: &Link, role: Role, settings: &EdgeSettings) -> XdpChoice {
+    let mode = settings.xdp;
+    let foreign_vlan = || {
+        let mut vlans = node.links.values();
+        vlans.any(|vlan| vlan.vlan_of == Some(link.index) && !is_uplink(node, vlan, settings))
+    };
     let choice = |mode, reason| XdpChoice { mode, reason };
     match (role, mode) {
         (Role::Pod, _) => choice(XdpMode::Off, "not an uplink"),
@@ -194,6 +199,11 @@ fn xdp(link: &Link, role: Role, mode: XdpMode) -> XdpChoice {
         (Role::Uplink, XdpMode::Auto | XdpMode::Native) if is_kind(link, &KINDS_WITHOUT_XDP) => {
             choice(XdpMode::Off, "interfaces of its kind have no native XDP")
         }
+        // A driver that takes tags off would have it see their frames as its own.
+        (Role::Uplink, XdpMode::Auto) if foreign_vlan() => choice(
+            XdpMode::Off,
+            "a VLAN interface above it is no uplink, and drivers hide tags from XDP",
+        ),
         (Role::Uplink, XdpMode::Auto) => choice(XdpMode::Auto, "native where the driver has it"),
         (Role::Uplink, XdpMode::Native | XdpMode::Generic | XdpMode::Off) => {
             choice(mode, "asked for with --xdp")
@@ -217,6 +227,7 @@ mod tests {
             },
             mac: [2, 0, 0, 0, 0, 1],
             master: None,
+            vlan_of: None,
             xdp: None,
         }
     }
@@ -351,7 +362,13 @@ mod tests {
 
     #[test]
     fn auto_xdp_spares_veths_and_pods() {
-        let mode = |kind, role, mode| xdp(&link(2, "x", kind), role, mode).mode;
+        let mode = |kind, role, xdp_mode| {
+            let settings = EdgeSettings {
+                xdp: xdp_mode,
+                ..EdgeSettings::default()
+            };
+            xdp(&Node::default(), &link(2, "x", kind), role, &settings).mode
+        };
         assert_eq!(mode(None, Role::Uplink, XdpMode::Auto), XdpMode::Auto);
         assert_eq!(
             mode(Some("veth"), Role::Uplink, XdpMode::Auto),
@@ -367,6 +384,22 @@ mod tests {
         }
         assert_eq!(mode(None, Role::Pod, XdpMode::Native), XdpMode::Off);
         assert_eq!(mode(None, Role::Uplink, XdpMode::Off), XdpMode::Off);
+    }
+
+    #[test]
+    fn auto_xdp_sees_no_frames_of_foreign_vlans() {
+        let mut vlan = link(3, "ens5.7", Some("vlan"));
+        vlan.vlan_of = Some(2);
+        let node = node(vec![link(2, "ens5", None), vlan], &[2]);
+        let mode = |uplinks: &[&str]| {
+            let settings = EdgeSettings {
+                uplinks: patterns(uplinks),
+                ..EdgeSettings::default()
+            };
+            choose(&node, &settings).edges[&2].xdp.mode
+        };
+        assert_eq!(mode(&[]), XdpMode::Off);
+        assert_eq!(mode(&["ens5*"]), XdpMode::Auto);
     }
 
     #[test]

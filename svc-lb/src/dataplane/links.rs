@@ -111,6 +111,7 @@ mod tests {
             layer,
             mac: [0; 6],
             master: None,
+            vlan_of: None,
             xdp: None,
         };
         (index, link)

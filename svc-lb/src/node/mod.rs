@@ -57,6 +57,8 @@ pub struct Link {
     pub mac: [u8; 6],
     /// Interface index of its master: the bridge it is a port of, the bond it is part of.
     pub master: Option<u32>,
+    /// Interface index of the one that it is a VLAN of.
+    pub vlan_of: Option<u32>,
     /// The XDP program on it.
     pub xdp: Option<AttachedXdp>,
 }

@@ -126,8 +126,10 @@ fn link(message: LinkMessage) -> Link {
         },
         mac: [0; 6],
         master: None,
+        vlan_of: None,
         xdp: None,
     };
+    let mut below = None;
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
@@ -136,10 +138,13 @@ fn link(message: LinkMessage) -> Link {
             }
             LinkAttribute::Controller(master) => link.master = Some(master),
             LinkAttribute::LinkInfo(info) => link.kind = kind(&info),
+            LinkAttribute::Link(index) => below = Some(index),
             LinkAttribute::Xdp(xdp) => link.xdp = attached_xdp(&xdp),
             _ => {}
         }
     }
+    // A veth has one as well: its other end.
+    link.vlan_of = below.filter(|_| link.kind.as_deref() == Some("vlan"));
     link
 }
 

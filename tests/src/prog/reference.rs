@@ -510,7 +510,7 @@ impl Reference {
                 .get(&interface)
                 .is_some_and(|link| link.bits & link::XDP != 0)
         };
-        if xdp && (read.l3 != 14 || !same && !takes()) {
+        if xdp && !same && !takes() {
             return Err(Outcome::LeftToTc);
         }
         let mut frame = at.frame.to_vec();
@@ -1517,18 +1517,12 @@ fn quote(frame: &[u8], l3: usize, v4: bool, way: Way) -> Option<(Ip, usize, Tupl
     Some((inner, l4, tuple))
 }
 
-/// Finds the network header and its addresses behind at most two tags.
+/// Finds the addresses of an untagged frame.
 fn network(frame: &[u8]) -> Step<Ip> {
-    let mut l3 = ETHERNET;
-    let mut ether_type = word(frame, 12).ok_or(Outcome::Malformed)?;
-    let is_tag = |ether_type| [VLAN, QINQ].contains(&ether_type);
-    while is_tag(ether_type) {
-        if l3 == ETHERNET + 8 {
-            return Err(Outcome::Vlan);
-        }
-        let [_, _, a, b] = bytes::<4>(frame, l3)?;
-        ether_type = u16::from_be_bytes([a, b]);
-        l3 += 4;
+    let l3 = ETHERNET;
+    let ether_type = word(frame, 12).ok_or(Outcome::Malformed)?;
+    if [VLAN, QINQ].contains(&ether_type) {
+        return Err(Outcome::Vlan);
     }
     match ether_type {
         0x0800 => addresses(frame, l3, true),

@@ -9,7 +9,10 @@ use svc_lb_tests::lab::netlink::Via;
 use svc_lb_tests::lab::process::collected;
 use svc_lb_tests::lab::{Dual, Family, Lab, eventually, privileged};
 
-use crate::cluster::{BRIEF, NODE_PORT, SOON, Source, everywhere, reaches, serve_all, start_with};
+use crate::cluster::{
+    BRIEF, FROM_OUTSIDE, NODE_PORT, SOON, Source, each_mode, everywhere, reaches, serve_all,
+    start_in, start_with,
+};
 
 /// A machine behind the tunnel.
 const BEHIND: Dual = Dual::new(
@@ -70,5 +73,46 @@ fn a_tunnel_without_ethernet_is_refused() {
                 Ok(())
             },
         );
+    }
+}
+
+/// node-a's network behind one tag or two: backends here and on another node, whichever way the uplink takes packets.
+fn through_vlans(ids: &[u16]) {
+    let lab = Lab::builder()
+        .routed("r1")
+        .bridged("b1")
+        .remote("far")
+        .vlans(ids)
+        .clients(1)
+        .build()
+        .unwrap();
+    let _servers = serve_all(&lab);
+    let all = ["r1", "b1", "far"];
+    each_mode(|mode| {
+        let services = [everywhere("web").pods(all.map(|name| lab.pod(name)))];
+        let (_manifests, _agent) = start_in(&lab, &services, mode);
+        for family in Family::BOTH {
+            for frontend in FROM_OUTSIDE {
+                reaches(Source::outside(&lab, 0), frontend, family, &all);
+            }
+        }
+    });
+}
+
+/// The uplink is a VLAN interface.
+#[test]
+#[ignore = "needs VLAN devices: `cargo xtask vm 6.1` runs it"]
+fn a_vlan_as_uplink() {
+    if privileged() {
+        through_vlans(&[100]);
+    }
+}
+
+/// The uplink is a VLAN interface above another one (802.1ad).
+#[test]
+#[ignore = "needs VLAN devices: `cargo xtask vm 6.1` runs it"]
+fn a_vlan_in_a_vlan_as_uplink() {
+    if privileged() {
+        through_vlans(&[100, 200]);
     }
 }

@@ -8,37 +8,27 @@ use svc_lb_tests::prog::{Frame, Verdict};
 
 use crate::bench::*;
 
-/// Tags in the frame stay where they are; more than two are not looked behind (SEMANTICS E9).
+/// A frame with tags is for the VLAN interface above, whichever hook sees it: it stays as it is (SEMANTICS E9).
 #[test]
-fn vlan_tags_are_carried_along() {
+fn frames_with_vlan_tags_are_left_alone() {
     for_families(|bench, w| {
         bench.program(w.port(Protocol::Tcp).backends(&[w.remote]));
-        let mut syn = Frame::tcp(w.client, w.vip, SYN);
-        for (n, tags) in [
+        for tags in [
             vec![(VLAN, 0x2064)],
             vec![(QINQ, 7), (VLAN, 8)],
-            vec![(VLAN, 7), (VLAN, 8)],
-        ]
-        .into_iter()
-        .enumerate()
-        {
-            syn.source.set_port(5_000 + u16::try_from(n).unwrap());
+            vec![(VLAN, 7), (VLAN, 8), (VLAN, 9)],
+        ] {
+            let mut syn = Frame::tcp(w.client, w.vip, SYN);
             syn.tags = tags;
-            for (hook, outcome) in [
-                (TcIngress, Outcome::Open),
-                (XdpIngress, Outcome::ForwardOpening),
-            ] {
+            for hook in [XdpIngress, TcIngress] {
                 bench
                     .run(hook, bench.network.uplink, &syn)
-                    .became(outcome, &syn.clone().to(w.remote));
+                    .passed(Outcome::Vlan);
             }
-            let answer = syn.clone().to(w.remote).answer(SYN | ACK);
-            bench
-                .outside_gets(&answer)
-                .became(Outcome::Reverse, &answer.clone().from(w.vip));
+            let mut answer = Frame::tcp(w.remote, w.client, SYN | ACK);
+            answer.tags = syn.tags;
+            bench.outside_gets(&answer).passed(Outcome::Vlan);
         }
-        syn.tags.push((VLAN, 9));
-        bench.outside_sends(&syn).passed(Outcome::Vlan);
     });
 }
 
