@@ -137,7 +137,7 @@ fn vanished<F: Stack>(met: &Met<F::Addr>) -> bool {
         && met.is_tcp()
         && met.flags & RST == 0
         && !select::is_endpoint::<F>(flow.backend, flow.generation)
-        && F::vanished().get_ptr(&flow.destination).is_some()
+        && F::vanished().get_ptr(flow.destination).is_some()
 }
 
 /// What came of looking for a packet's flow. As wide as [`Outcome`]; see [`Decision`].

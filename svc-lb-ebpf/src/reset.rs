@@ -1,7 +1,7 @@
 //! Answering a TCP packet with the reset of its connection, which it turns into and goes back as.
 
 use network_types::tcp::TcpHdr;
-use svc_lb_common::Address;
+use svc_lb_common::Address as _;
 use svc_lb_common::Protocol;
 use svc_lb_common::checksum::{fold, sum};
 use svc_lb_common::outcome::Outcome;
