@@ -2,7 +2,7 @@
 
 /// Version of every record in this crate. Pins of another version are not adopted. Raise it with
 /// any change of a record, a map's kind or the meaning of a field.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// `guard`: 2^20 addresses in 512 KiB.
 pub const GUARD_WORDS: u32 = 1 << 16;

@@ -73,6 +73,8 @@ pub(crate) struct Related<A: Address> {
     pub(crate) l3: u32,
     /// Offset of the quoted transport header.
     pub(crate) l4: u32,
+    /// Where the error ends: a frame may be longer.
+    pub(crate) end: u32,
 }
 
 /// FIN of [`Met::flags`].

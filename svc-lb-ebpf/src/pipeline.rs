@@ -379,6 +379,7 @@ fn related<P: Packet, F: Stack>(
         from: ip.source,
         l3: quote.ip.l3 as u32,
         l4: quote.l4 as u32,
+        end: (ip.l3 + F::length(packet, ip.l3)? as usize) as u32,
     };
     let met = met.settle();
     if conntrack::find::<F>(&met.key, &mut met.flow).is_none() {

@@ -14,6 +14,8 @@ mod conformance;
 mod endings;
 #[path = "netns/endpoints.rs"]
 mod endpoints;
+#[path = "netns/errors.rs"]
+mod errors;
 #[path = "netns/flows.rs"]
 mod flows;
 #[path = "netns/harness.rs"]

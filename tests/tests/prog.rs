@@ -24,6 +24,8 @@ mod eviction;
 mod floods;
 #[path = "prog/headers.rs"]
 mod headers;
+#[path = "prog/icmp.rs"]
+mod icmp;
 #[path = "prog/policies.rs"]
 mod policies;
 #[path = "prog/refusals.rs"]

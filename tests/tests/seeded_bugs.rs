@@ -1,4 +1,4 @@
-//! Ten bugs, each put into a copy of the programs: the reference and random packets find every one.
+//! Bugs, each put into a copy of the programs: the reference and random packets find every one.
 //!
 //! A bug is a change of a line or two that still compiles, loads and forwards packets. The copy is a workspace of its own
 //! under `target/seeded-bugs`, so that no build of the real programs can pick it up.
@@ -26,7 +26,7 @@ struct Bug {
     becomes: &'static str,
 }
 
-const BUGS: [Bug; 10] = [
+const BUGS: [Bug; 12] = [
     Bug {
         name: "checksums forget the ports",
         file: "rewrite/nat.rs",
@@ -80,6 +80,18 @@ const BUGS: [Bug; 10] = [
         file: "parse/ipv4.rs",
         is: "l4: ip.l3 + length,",
         becomes: "l4: ip.l3 + Ipv4Hdr::LEN,",
+    },
+    Bug {
+        name: "an ICMP error's checksum misses that of the packet it quotes",
+        file: "rewrite/icmp.rs",
+        is: "            changes += difference(old as u32, new as u32);\n            packet.store(at, &new)?;\n        }",
+        becomes: "            packet.store(at, &new)?;\n        }",
+    },
+    Bug {
+        name: "an ICMP error is believed that went to somebody else",
+        file: "pipeline.rs",
+        is: "if quote.ip.source != ip.destination {",
+        becomes: "if quote.ip.source != ip.destination && quote.l4 == 0 {",
     },
     Bug {
         name: "the ICMP checksum leaves out the quoted packet",

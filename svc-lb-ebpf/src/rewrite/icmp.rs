@@ -54,9 +54,12 @@ pub(crate) fn relate<P: Packet, F: Family<Addr: Wire>>(packet: &P, met: &Met<F::
     }
     if let Some(offset) = check_of(key.protocol) {
         let at = transport + offset;
+        let end = at + size_of::<u16>();
         // Often the quote ends before it.
-        let _beyond = packet.ensure(at + size_of::<u16>());
-        if let Ok(old) = packet.load::<u16>(at) {
+        let _beyond = packet.ensure(end);
+        if end <= related.end as usize
+            && let Ok(old) = packet.load::<u16>(at)
+        {
             let new = if key.protocol == Protocol::Udp as u8 {
                 checksum::update_udp(old, quoted + ports)
             } else {

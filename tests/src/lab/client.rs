@@ -9,6 +9,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::netns::Namespace;
@@ -407,6 +408,43 @@ impl Udp {
             return Err(io::Error::last_os_error());
         }
         Ok(value)
+    }
+
+    /// Has datagrams that end after so many hops sent, and what is said about them kept for [`Udp::told_by`].
+    pub fn hops(&self, hops: u8) -> io::Result<()> {
+        let hops = hops.into();
+        match self.socket.local_addr()? {
+            SocketAddr::V4(_) => {
+                self.set_option(libc::IPPROTO_IP, libc::IP_RECVERR, 1)?;
+                self.set_option(libc::IPPROTO_IP, libc::IP_TTL, hops)
+            }
+            SocketAddr::V6(_) => {
+                self.set_option(libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 1)?;
+                self.set_option(libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, hops)
+            }
+        }
+    }
+
+    /// Who sent the next ICMP error about a datagram of this socket; an error where there is none yet.
+    pub fn told_by(&self) -> Result<IpAddr> {
+        let mut space = nix::cmsg_space!([u8; 64]);
+        let mut bytes = [0; 2048];
+        let mut parts = [io::IoSliceMut::new(&mut bytes)];
+        let flags = MsgFlags::MSG_ERRQUEUE | MsgFlags::MSG_DONTWAIT;
+        let fd = self.socket.as_raw_fd();
+        let message = recvmsg::<SockaddrStorage>(fd, &mut parts, Some(&mut space), flags)?;
+        for control in message.cmsgs()? {
+            match control {
+                ControlMessageOwned::Ipv4RecvErr(_, Some(from)) => {
+                    return Ok(Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr)).into());
+                }
+                ControlMessageOwned::Ipv6RecvErr(_, Some(from)) => {
+                    return Ok(Ipv6Addr::from(from.sin6_addr.s6_addr).into());
+                }
+                _ => {}
+            }
+        }
+        bail!("an error that nobody sent")
     }
 
     fn set_option(&self, level: i32, name: i32, value: libc::c_int) -> io::Result<()> {

@@ -591,10 +591,15 @@ impl Traffic {
             let at = rng.usize(..message.body.len());
             message.body[at] ^= 1 << rng.u8(..8);
         }
+        let mut bytes = message.to_bytes();
+        if rng.u8(..12) == 0 {
+            // What is behind the packet is not its.
+            bytes.resize(bytes.len() + rng.usize(1..20), 0x55);
+        }
         Packet {
             hook,
             interface,
-            bytes: message.to_bytes(),
+            bytes,
             frame: None,
         }
     }

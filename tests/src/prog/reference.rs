@@ -1188,7 +1188,10 @@ impl Reference {
             next::UDP => Some(l4 + 6),
             _ => None,
         };
-        if let Some(check) = check.filter(|check| bytes::<2>(&frame, *check).is_ok()) {
+        let length = word(at.frame, ip.l3 + if v4 { 2 } else { 4 }).ok_or(Outcome::Malformed)?;
+        let end = ip.l3 + usize::from(length) + if v4 { 0 } else { 40 };
+        let quoted = |check: &usize| check + 2 <= end && bytes::<2>(&frame, *check).is_ok();
+        if let Some(check) = check.filter(quoted) {
             let old = old + ports(tuple.source, tuple.destination);
             let new = new + ports(from, to);
             adjust(&mut frame, check, old, new, tuple.protocol == next::UDP);
