@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tracing::{debug, info, warn};
 
@@ -13,8 +13,9 @@ use crate::compile::desired::PortKey;
 use crate::compile::{CompileOptions, HealthCheck, Note, compile};
 use crate::dataplane::{self, Dataplane, GuardBit};
 use crate::health::ListenOn;
-use crate::model::{Batch, Intake, Model, ObjectName, SourceId};
+use crate::model::{Batch, Change, Intake, Model, ObjectName, SourceId};
 use crate::node::ports::{self, NodePorts};
+use crate::observe::programming::Programming;
 use crate::observe::status::{NodeStatus, ServiceNotes, ServicesStatus};
 use crate::plan::{self, Epoch, Planner, TableUse};
 use crate::standalone::Standalone;
@@ -60,6 +61,9 @@ pub struct Reconciler<D> {
     /// When the first lists were complete, until they are programmed.
     listed_at: Option<Instant>,
     programmed: bool,
+    /// When changes became so in the cluster that are not programmed.
+    triggered: Vec<SystemTime>,
+    programming: Programming,
     writes: u64,
     failures: u64,
     failing: Option<Failing>,
@@ -113,6 +117,8 @@ impl<D: Dataplane> Reconciler<D> {
             listed: false,
             listed_at: None,
             programmed: false,
+            triggered: Vec::new(),
+            programming: Programming::default(),
             writes: 0,
             failures: 0,
             failing: None,
@@ -124,6 +130,16 @@ impl<D: Dataplane> Reconciler<D> {
         let begun = Instant::now();
         let mut edits = Vec::new();
         for batch in batches {
+            let triggered = batch.changes.iter().filter_map(|change| match change {
+                Change::Triggered(time) => Some(*time),
+                Change::Resync
+                | Change::InitialListComplete
+                | Change::Replace { .. }
+                | Change::Unreadable(_)
+                | Change::Upsert(_)
+                | Change::Delete(_) => None,
+            });
+            self.triggered.extend(triggered);
             edits.extend(self.intake.apply(batch));
         }
         if !self.intake.started() {
@@ -200,6 +216,7 @@ impl<D: Dataplane> Reconciler<D> {
     pub fn apply(&mut self, now: Instant) -> Option<Instant> {
         if !self.listed || !self.planner.is_pending() {
             self.programmed |= self.listed;
+            self.measure();
             return None;
         }
         if let Some(failing) = &self.failing
@@ -210,10 +227,24 @@ impl<D: Dataplane> Reconciler<D> {
         match plan::apply(&mut self.planner, &mut self.dataplane) {
             Ok(writes) => {
                 self.applied(writes, now);
+                self.measure();
                 None
             }
             Err(error) => Some(self.failed(&error, now)),
         }
+    }
+
+    /// What was triggered is programmed.
+    fn measure(&mut self) {
+        let now = SystemTime::now();
+        for triggered in self.triggered.drain(..) {
+            self.programming.programmed(triggered, now);
+        }
+    }
+
+    /// How long changes took from the cluster to the maps.
+    pub fn programming(&self) -> &Programming {
+        &self.programming
     }
 
     /// Everything that was taken in is programmed.
@@ -353,6 +384,7 @@ impl<D: Dataplane> Reconciler<D> {
                 .flat_map(Standalone::problems)
                 .map(ToString::to_string)
                 .collect(),
+            programming: self.programming.clone(),
             pending: self.planner.is_pending(),
             writes: self.writes,
             failures: self.failures,
@@ -673,6 +705,31 @@ mod tests {
         reconciler.set_node_addresses(all, BTreeSet::new());
         reconciler.apply(Instant::now());
         assert_eq!(programmed(&reconciler), [ip("192.0.2.2")]);
+    }
+
+    /// H3: measured is what came after the lists, once it is programmed.
+    #[test]
+    fn changes_are_measured_from_their_trigger_time() {
+        let mut reconciler = reconciler(Faulty::new(Memory::new(SIZES), 1, 0));
+        reconciler.take(lists());
+        reconciler.apply(Instant::now());
+        assert_eq!(reconciler.programming().count, 0);
+        let slice = slice("web-1", "web", vec![endpoint("10.0.0.9", "there")]);
+        let ago = SystemTime::now() - Duration::from_secs(7);
+        reconciler.dataplane.set_rate(1_024);
+        reconciler.take([Batch {
+            source: SOURCES[1],
+            changes: vec![
+                Change::Upsert(Object::EndpointSlice(slice)),
+                Change::Triggered(ago),
+            ],
+        }]);
+        let again = reconciler.apply(Instant::now()).unwrap();
+        assert_eq!(reconciler.programming().count, 0, "not written");
+        reconciler.dataplane.set_rate(0);
+        reconciler.apply(again);
+        assert_eq!(reconciler.programming().count, 1);
+        assert!((7.0..20.0).contains(&reconciler.programming().sum));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::app::admin::{Answer, Request};
 use crate::dataplane::attach::EdgeStatus;
 use crate::health::proxy::ProxyStatus;
 use crate::health::services::ServiceHealthStatus;
+use crate::observe::programming::Programming;
 use crate::observe::status::{
     FlowsStatus, HealthStatus, MapStatus, ServiceNotes, ServicesStatus, SourceStatus, Status,
 };
@@ -183,6 +184,7 @@ fn write_services(out: &mut String, services: &ServicesStatus, all: bool) -> Res
         notes,
         refusals,
         control_plane,
+        programming,
         pending,
         writes,
         failures,
@@ -199,6 +201,15 @@ fn write_services(out: &mut String, services: &ServicesStatus, all: bool) -> Res
             ""
         },
     )?;
+    let Programming { count, sum, .. } = programming;
+    if *count > 0 {
+        #[expect(clippy::cast_precision_loss, reason = "a mean for people")]
+        let mean = sum / *count as f64;
+        writeln!(
+            out,
+            "{count} changes of endpoints, programmed {mean:.3} s after the cluster's on average"
+        )?;
+    }
     if let Some(error) = last_error {
         writeln!(out, "writing fails: {error}; tried again")?;
     }

@@ -2,5 +2,6 @@
 
 pub mod finding;
 pub mod logging;
+pub mod programming;
 pub mod status;
 pub mod tools;

@@ -10,6 +10,7 @@ use crate::dataplane::attach::EdgeStatus;
 use crate::dataplane::edges::Refused;
 use crate::health::proxy::ProxyStatus;
 use crate::health::services::ServiceHealthStatus;
+use crate::observe::programming::Programming;
 
 /// The whole agent at one moment.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -93,6 +94,9 @@ pub struct ServicesStatus {
     pub refusals: Vec<String>,
     /// What the control plane of `--manifests` and `--stream` could not give.
     pub control_plane: Vec<String>,
+    /// How long changes of endpoints took from the cluster to the maps.
+    #[serde(default)]
+    pub programming: Programming,
     /// Something waits to be written.
     pub pending: bool,
     /// Writes to the maps since the start.
