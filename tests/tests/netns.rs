@@ -22,6 +22,8 @@ mod flows;
 mod harness;
 #[path = "netns/health.rs"]
 mod health;
+#[path = "netns/kubernetes.rs"]
+mod kubernetes;
 #[path = "netns/overlay.rs"]
 mod overlay;
 #[path = "netns/reach.rs"]

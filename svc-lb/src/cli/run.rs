@@ -496,6 +496,7 @@ pub(super) fn run(args: Args, global: &Global, effective: &Effective) -> Result<
     for ignored in &effective.ignored {
         warn!("{ignored}");
     }
+    spare_memory();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -604,6 +605,15 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         sync_period,
         admin_socket: global.admin_socket.clone(),
     })
+}
+
+/// Has glibc keep one heap for all threads, and give large blocks back. A heap for each thread, which nothing here
+/// is fast enough to need, took half as much memory again (`cargo xtask bench --agent`).
+fn spare_memory() {
+    for (setting, value) in [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, 128 << 10)] {
+        // SAFETY: a setting of the allocator, made before there are threads. It is not vital.
+        unsafe { libc::mallopt(setting, value) };
+    }
 }
 
 fn standalone_sources(

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use axum::serve::ListenerExt as _;
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 use tokio::runtime::{Builder, Runtime};
@@ -119,6 +120,8 @@ impl ApiServer {
             tokio::net::TcpListener::from_std(listener)?
         };
         let router = serve::router(Arc::clone(&self.shared));
+        // As Go's servers do; else an event's second packet waits for the first one's acknowledgement.
+        let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
         runtime.spawn(async move { axum::serve(listener, router).await });
         self.runtime = Some(runtime);
         Ok(())

@@ -133,12 +133,14 @@ pub fn endpoint_slice(object: &discovery::EndpointSlice) -> Result<EndpointSlice
     let endpoints = match family {
         // Nothing can be made of names, so they are not even read.
         None => Vec::new(),
-        Some(family) => object
-            .endpoints
-            .iter()
-            .enumerate()
-            .map(|(i, endpoint)| slice_endpoint(i, endpoint, family))
-            .collect::<Result<_>>()?,
+        Some(family) => {
+            // There are many of them, and no more come: the list is as long as it needs to be.
+            let mut endpoints = Vec::with_capacity(object.endpoints.len());
+            for (i, endpoint) in object.endpoints.iter().enumerate() {
+                endpoints.push(slice_endpoint(i, endpoint, family)?);
+            }
+            endpoints
+        }
     };
     Ok(EndpointSlice {
         name,

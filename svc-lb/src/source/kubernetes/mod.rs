@@ -5,6 +5,7 @@
 
 mod client;
 mod keep;
+mod names;
 mod object;
 mod pause;
 mod watch;
@@ -25,6 +26,7 @@ pub use self::client::{Access, AccessError};
 use self::{
     client::Servers,
     keep::Keep,
+    names::Names,
     object::Content,
     watch::{News, What, watch},
 };
@@ -151,6 +153,7 @@ struct State {
     keep: Keep,
     failures: BTreeMap<Kind, Problem>,
     unreadable: BTreeMap<ObjectKey, Problem>,
+    names: Names,
     malformed: u64,
 }
 
@@ -170,6 +173,7 @@ impl State {
             keep: Keep::default(),
             failures: BTreeMap::new(),
             unreadable: BTreeMap::new(),
+            names: Names::default(),
             malformed: 0,
         }
     }
@@ -256,8 +260,9 @@ impl State {
             message,
             ..
         } = match content.object {
-            Ok(object) => {
+            Ok(mut object) => {
                 self.unreadable.remove(&content.key);
+                self.names.trim(&mut object);
                 return Some(object);
             }
             Err(unusable) => unusable,

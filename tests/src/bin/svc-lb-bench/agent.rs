@@ -154,8 +154,10 @@ fn logged(log: &str, message: &str, field: &str) -> Result<f64> {
         let Ok(line) = serde_json::from_str::<Value>(line) else {
             continue;
         };
-        if line["fields"]["message"] == message {
-            return line["fields"][field].as_f64().context("a number");
+        if line["message"] == message {
+            // Wide integers are written as text.
+            let text = line[field].to_string();
+            return Ok(text.trim_matches('"').parse()?);
         }
     }
     bail!("{message:?} was not logged")
