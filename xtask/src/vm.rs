@@ -25,6 +25,8 @@ mod kernel;
 const PASS: &str = "svc-lb-vm: PASS";
 const FAIL: &str = "svc-lb-vm: FAIL: ";
 const INIT: &str = "vm-init";
+/// The test program with the lab's scenarios.
+const SCENARIOS: &str = "netns";
 
 /// Boot Debian kernels in QEMU and check that svc-lb works on them.
 #[derive(Debug, clap::Args)]
@@ -156,11 +158,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 fn scenarios() -> Result<PathBuf> {
     let mut cargo = proc::cargo();
     cargo.args(["test", "--no-run", "--package", "svc-lb-tests"]);
-    cargo.args(["--test", "netns", "--message-format", "json"]);
+    cargo.args(["--test", SCENARIOS, "--message-format", "json"]);
     let messages = proc::capture_bytes(&mut cargo)?;
     let mut executable = None;
     for message in Message::parse_stream(messages.as_slice()) {
-        if let Message::CompilerArtifact(artifact) = message? {
+        // The package's own programs are built as well.
+        if let Message::CompilerArtifact(artifact) = message?
+            && artifact.target.name == SCENARIOS
+        {
             executable = artifact.executable.or(executable);
         }
     }
