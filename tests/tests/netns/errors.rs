@@ -10,7 +10,7 @@ use svc_lb_tests::lab::process::collected;
 use svc_lb_tests::lab::{AgentProcess, BRIDGE, Family, Lab, Namespace, eventually, privileged};
 
 use crate::cluster::{
-    BRIEF, CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, Frontend, LOAD_BALANCER, NODE_PORT, SOON,
+    self, BRIEF, CLUSTER_IP, FROM_OUTSIDE, FROM_PODS, Frontend, LOAD_BALANCER, NODE_PORT, SOON,
     each_mode, everywhere, serve_all, start_in,
 };
 
@@ -19,15 +19,7 @@ const ALL: [&str; 3] = ["r1", "b1", "far"];
 const SMALL: &str = "1280";
 
 fn lab() -> Lab {
-    let lab = Lab::builder()
-        .routed("r1")
-        .bridged("b1")
-        .remote("far")
-        .routed("client-r")
-        .bridged("client-b")
-        .clients(1)
-        .build()
-        .unwrap();
+    let lab = cluster::lab();
     // Hosts would send one error a second.
     let pods = lab.pods().map(|pod| pod.ns());
     for host in pods.chain([lab.node_a(), lab.node_b(), lab.router()]) {
