@@ -88,7 +88,7 @@ fn every_file_is_part_of_the_base() {
     assert_eq!(yaml, named);
 }
 
-/// The agent lists and watches three kinds and writes events: the role allows this and nothing else.
+/// The agent lists and watches three kinds: the role allows this and nothing else.
 #[test]
 fn the_role_is_the_least_there_can_be() {
     let objects = documents("rbac.yaml");
@@ -116,7 +116,6 @@ fn the_role_is_the_least_there_can_be() {
             "/services: list watch",
             "/nodes: list watch",
             "discovery.k8s.io/endpointslices: list watch",
-            "events.k8s.io/events: create patch",
         ]
     );
     assert_eq!(binding.role_ref.name, role.metadata.name.unwrap());
