@@ -7,7 +7,7 @@ use crate::{Addr4, Addr6};
 record! {
     /// The programs' settings. Changing one means loading the programs again and replacing the
     /// attached ones through their links; maps and flows stay.
-    pub struct Config = 80 {
+    pub struct Config = 240 {
         /// The node's secret: mixed into selection, port search and nothing that leaves the node.
         pub seed: u64,
         /// IPv4 service CIDR: network address.
@@ -18,6 +18,14 @@ record! {
         pub service_net6: Addr6,
         /// IPv6 service CIDR: netmask; 0 where the node has none.
         pub service_mask6: Addr6,
+        /// IPv4 ranges of pods' addresses, beside the interfaces of pods: network addresses.
+        pub pod_nets4: [Addr4; POD_NETS],
+        /// Their netmasks; 0 where there is none.
+        pub pod_masks4: [Addr4; POD_NETS],
+        /// IPv6 ranges of pods' addresses: network addresses.
+        pub pod_nets6: [Addr6; POD_NETS],
+        /// Their netmasks; 0 where there is none.
+        pub pod_masks6: [Addr6; POD_NETS],
         /// Bits of [`config`](self).
         pub bits: u32,
         /// Size of the `guard` array in words, a power of two.
@@ -39,6 +47,9 @@ record! {
         pub maglev_seed: u64,
     }
 }
+
+/// Ranges of pods' addresses of each family.
+pub const POD_NETS: usize = 4;
 
 /// Answer packets for an undefined port of a live ClusterIP with a reject.
 pub const REJECT_UNDEFINED_PORT: u32 = 1 << 0;
@@ -68,6 +79,10 @@ impl Config {
         service_mask4: Addr4(0),
         service_net6: Addr6([0; 4]),
         service_mask6: Addr6([0; 4]),
+        pod_nets4: [Addr4(0); POD_NETS],
+        pod_masks4: [Addr4(0); POD_NETS],
+        pod_nets6: [Addr6([0; 4]); POD_NETS],
+        pod_masks6: [Addr6([0; 4]); POD_NETS],
         bits: REJECT_UNDEFINED_PORT | DROP_UNALLOCATED,
         guard_words: crate::limits::GUARD_WORDS,
         snat_first: 61_000,

@@ -11,11 +11,11 @@ static CONFIG: Global<Config> = Global::new(Config::DEFAULT);
 ///
 /// `Global::load` would copy the whole record at each use.
 macro_rules! config {
-    ($field:ident) => {{
+    ($field:ident $( [$index:literal] )?) => {{
         let config = $crate::config::address();
         // SAFETY: `config` points at the program's own read-only data, which the loader has
         // filled with a valid record. Volatile: the value is not the one known at compile time.
-        unsafe { core::ptr::read_volatile(&raw const (*config).$field) }
+        unsafe { core::ptr::read_volatile(&raw const (*config).$field $( [$index] )?) }
     }};
 }
 

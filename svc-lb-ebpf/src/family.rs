@@ -40,6 +40,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn met() -> Option<&'static mut Met<Self::Addr>>;
     /// Whether the address lies in the node's service CIDR.
     fn in_service_net(address: Self::Addr) -> bool;
+    /// Whether the address lies in one of the pods' ranges.
+    fn in_pod_nets(address: Self::Addr) -> bool;
     /// Whether the node knows a service CIDR of this family.
     fn has_service_net() -> bool;
     /// Whether the address is one host's on a network, so that an ICMP error may be sent to it (RFC
@@ -92,6 +94,15 @@ impl Family for V4 {
     #[inline(always)]
     fn in_service_net(address: Addr4) -> bool {
         Self::has_service_net() && address.0 & config!(service_mask4).0 == config!(service_net4).0
+    }
+
+    #[inline(always)]
+    fn in_pod_nets(address: Addr4) -> bool {
+        let within = |net: Addr4, mask: Addr4| mask.0 != 0 && address.0 & mask.0 == net.0;
+        within(config!(pod_nets4[0]), config!(pod_masks4[0]))
+            || within(config!(pod_nets4[1]), config!(pod_masks4[1]))
+            || within(config!(pod_nets4[2]), config!(pod_masks4[2]))
+            || within(config!(pod_nets4[3]), config!(pod_masks4[3]))
     }
 
     #[inline(always)]
@@ -179,10 +190,15 @@ impl Family for V6 {
 
     #[inline(always)]
     fn in_service_net(address: Addr6) -> bool {
-        let (net, mask) = (config!(service_net6).0, config!(service_mask6).0);
-        let [a, b, c, d] = address.0;
-        let [ma, mb, mc, md] = mask;
-        Self::has_service_net() && [a & ma, b & mb, c & mc, d & md] == net
+        within(address, config!(service_net6), config!(service_mask6))
+    }
+
+    #[inline(always)]
+    fn in_pod_nets(address: Addr6) -> bool {
+        within(address, config!(pod_nets6[0]), config!(pod_masks6[0]))
+            || within(address, config!(pod_nets6[1]), config!(pod_masks6[1]))
+            || within(address, config!(pod_nets6[2]), config!(pod_masks6[2]))
+            || within(address, config!(pod_nets6[3]), config!(pod_masks6[3]))
     }
 
     #[inline(always)]
@@ -252,4 +268,12 @@ impl Family for V6 {
     fn tuple_is_free() -> bool {
         open::tuple_is_free6() != 0
     }
+}
+
+/// Whether the address lies in a range; none does where there is no mask.
+#[inline(always)]
+fn within(address: Addr6, net: Addr6, mask: Addr6) -> bool {
+    let [a, b, c, d] = address.0;
+    let [ma, mb, mc, md] = mask.0;
+    ma != 0 && [a & ma, b & mb, c & mc, d & md] == net.0
 }

@@ -202,7 +202,8 @@ enum Decision {
 fn decide<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, ended: bool) -> Step<Decision> {
     let edge = forward::edge(packet.interface());
     let bits = edge.map_or(UPLINK, |edge| edge.bits);
-    let from_pod = bits & POD != 0;
+    let at_pod = bits & POD != 0;
+    let from_pod = at_pod || is_pods::<F>(met);
     match service::find::<F>(met, from_pod) {
         Ok(Aim::Service) => {}
         Ok(Aim::UndefinedPort) => return Err(Outcome::Rejected),
@@ -224,11 +225,13 @@ fn decide<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, ended: bool) 
             stats::event(Event::Moved);
         }
     }
-    let hairpin = from_pod && choice.backend.address == met.key.source;
+    let itself = choice.backend.address == met.key.source;
+    let hairpin = at_pod && itself;
     let bridged = edge.is_some_and(|edge| edge.bridge != 0);
     met.flow.destination = choice.backend.address;
     let mut translated = false;
-    if !hairpin && wants_source(&met.target, from_pod, choice.backend.bits()) {
+    let remote = !at_pod && (itself || choice.backend.bits() & LOCAL == 0);
+    if !hairpin && (remote || wants_source(&met.target, from_pod)) {
         // Which address depends on the interface, and that on no source.
         met.flow.source = F::Addr::UNSPECIFIED;
         match forward::way::<P, F>(packet, met)? {
@@ -259,16 +262,23 @@ fn decide<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, ended: bool) 
     Ok(Decision::Open)
 }
 
-/// Whether a flow needs a source whose answers come back here. Clients outside know the frontend
-/// alone, and the node of a remote backend sends its answers straight to them (SEMANTICS 1.2, C1).
+/// Whether a client that came in elsewhere than at a pod's edge is a pod by its address: of another node, or behind
+/// an interface that is no pod's (SEMANTICS C8).
+#[inline(never)]
+fn is_pods<F: Stack>(met: &Met<F::Addr>) -> bool {
+    F::in_pod_nets(met.key.source)
+}
+
+/// Whether a flow needs this node's source, although its backend would answer by way of this node (SEMANTICS 1.2, C1).
+///
+/// One to a backend of another node always does, unless it came in at a pod's edge, pod or not: that node answers
+/// straight to the client, who knows the frontend alone. That a source is a pod's by its range changes nothing there: its
+/// own node would hand it an answer from an address that it never asked.
 #[inline(always)]
-fn wants_source(target: &Target, from_pod: bool, backend: u32) -> bool {
+fn wants_source(target: &Target, from_pod: bool) -> bool {
     let cluster_ip = target.kind == kind::CLUSTER_IP as u32;
     if from_pod {
         return cluster_ip && enabled(MASQUERADE_ALL);
-    }
-    if backend & LOCAL == 0 {
-        return true;
     }
     // externalTrafficPolicy: Local keeps the client's address.
     let kept = !cluster_ip && target.service.flags() & flag::EXTERNAL_LOCAL != 0;

@@ -361,6 +361,18 @@ struct SourceArgs {
     /// Give pods' packets to a ClusterIP this node's address as their source, too
     #[arg(long, env = "SVC_LB_MASQUERADE_ALL")]
     masquerade_all: bool,
+    /// A range of pods' addresses: a client with such an address is a pod wherever its packets come in, also from
+    /// another node, as with kube-proxy's detectLocalMode ClusterCIDR: outside addresses lead it to any backend, whatever
+    /// their policy, and backends of this node see its own address. Pods of this node are known by their
+    /// interfaces without. May be repeated, 4 times for each family
+    #[arg(
+        long,
+        value_name = "CIDR",
+        env = "SVC_LB_POD_CIDR",
+        value_delimiter = ',',
+        action = ArgAction::Append
+    )]
+    pod_cidr: Vec<IpNet>,
     /// Ports of translated sources; none that this node's own connections may have
     #[arg(
         long,
@@ -532,6 +544,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
             SourceArgs {
                 external_snat,
                 masquerade_all,
+                pod_cidr,
                 snat_ports,
             },
         control_plane:
@@ -559,6 +572,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         bail!(NO_SOURCE);
     }
     let mut config = with_service_cidrs(Config::DEFAULT, &service_cidr)?;
+    config = with_pod_cidrs(config, &pod_cidr)?;
     config.maglev_seed = text_hash(&maglev_seed);
     config.bits = refusals.apply(config.bits);
     if external_ips == ExternalIps::Outside {
@@ -658,8 +672,38 @@ fn with_service_cidrs(mut config: Config, cidrs: &[IpNet]) -> Result<Config> {
     Ok(config)
 }
 
+/// The programs know a few ranges of pods.
+fn with_pod_cidrs(mut config: Config, cidrs: &[IpNet]) -> Result<Config> {
+    let mut places4 = config.pod_nets4.iter_mut().zip(&mut config.pod_masks4);
+    let mut places6 = config.pod_nets6.iter_mut().zip(&mut config.pod_masks6);
+    for cidr in cidrs {
+        if cidr.prefix_len() == 0 {
+            bail!("--pod-cidr {cidr}: everyone would be a pod; give the pods' own range");
+        }
+        let placed = match cidr {
+            IpNet::V4(cidr) => places4.next().map(|(net, mask)| {
+                *net = cidr.network().into();
+                *mask = cidr.netmask().into();
+            }),
+            IpNet::V6(cidr) => places6.next().map(|(net, mask)| {
+                *net = cidr.network().into();
+                *mask = cidr.netmask().into();
+            }),
+        };
+        if placed.is_none() {
+            bail!(
+                "--pod-cidr {cidr}: give {} ranges of each family at most",
+                config::POD_NETS
+            );
+        }
+    }
+    Ok(config)
+}
+
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, Ipv6Addr};
+
     use clap::Parser as _;
     use svc_lb_common::{Addr4, Addr6};
 
@@ -747,6 +791,42 @@ mod tests {
         let off = parse("svc-lb run --manifests a --node-name n --external-ips off").unwrap();
         assert!(off.compile.ignore_external_ips);
         assert_eq!(off.config.bits & config::EXTERNAL_IPS_OUTSIDE, 0);
+    }
+
+    /// C8: ranges of both families, a few of them.
+    #[test]
+    fn pods_are_known_by_ranges_too() {
+        let run = "svc-lb run --manifests a --node-name n";
+        let config = |more: &str| parse(&format!("{run} {more}")).map(|settings| settings.config);
+        let two =
+            config("--pod-cidr 10.244.1.1/16,fd00:10:244::/48 --pod-cidr 10.8.0.0/14").unwrap();
+        let ranges = |config: &Config| {
+            let at = |n: usize| (config.pod_nets4[n], config.pod_masks4[n]);
+            [at(0), at(1), at(2)].map(|(net, mask)| {
+                (
+                    Ipv4Addr::from(net).to_string(),
+                    Ipv4Addr::from(mask).to_string(),
+                )
+            })
+        };
+        let pair = |net: &str, mask: &str| (net.to_owned(), mask.to_owned());
+        assert_eq!(
+            ranges(&two),
+            [
+                pair("10.244.0.0", "255.255.0.0"),
+                pair("10.8.0.0", "255.252.0.0"),
+                pair("0.0.0.0", "0.0.0.0")
+            ]
+        );
+        assert_eq!(Ipv6Addr::from(two.pod_masks6[0]).to_bits(), !0 << 80);
+        let many = "--pod-cidr 10.0.0.0/24,10.0.1.0/24,10.0.2.0/24,10.0.3.0/24,10.0.4.0/24";
+        let error = format!("{:#}", config(many).unwrap_err());
+        assert!(
+            error.contains("10.0.4.0/24") && error.contains("4 ranges"),
+            "{error}"
+        );
+        let error = format!("{:#}", config("--pod-cidr ::/0").unwrap_err());
+        assert!(error.contains("everyone"), "{error}");
     }
 
     /// F9, F10: what every node must be told alike.

@@ -108,6 +108,8 @@ pub enum Hop {
     Router(Out),
     /// Onto the bridge; the neighbour's MAC address where it is known.
     Bridge(Option<Mac>),
+    /// To a neighbour on an interface without a source, of whom nothing is known.
+    Sourceless,
     /// Nowhere.
     None,
 }
@@ -120,6 +122,9 @@ pub fn hop(to: IpAddr) -> Hop {
     }
     if UNKNOWN_NEIGHBOURS.contains(&to) {
         return Hop::Bridge(None);
+    }
+    if SOURCELESS.contains(&to) {
+        return Hop::Sourceless;
     }
     let matches = |net: IpAddr, length: u8| {
         let net = ipnet::IpNet::new(net, length).expect("a length of the family");
@@ -141,6 +146,9 @@ pub const NEIGHBOURS: [(IpAddr, Mac); 4] = [
 ];
 /// Behind the bridge, with nothing known of the neighbour.
 pub const UNKNOWN_NEIGHBOURS: [IpAddr; 2] = [v4(10, 244, 1, 140), v6(0x1_008c)];
+
+/// Behind [`Network::other_pod`].
+const SOURCELESS: [IpAddr; 2] = [v4(172, 16, 1, 14), host6(1, 14)];
 
 const BRIDGE: &str = "cni0";
 const BRIDGED_NET: [(IpAddr, u8); 2] = [(v4(10, 244, 1, 128), 25), (v6(0x1_0080), 121)];
@@ -264,6 +272,9 @@ fn build() -> anyhow::Result<(Network, Netlink)> {
         let [v4, v6] = out.gateways;
         let gateway = if net.is_ipv4() { v4 } else { v6 };
         netlink.route(net, length, Via::gateway(out.name, gateway))?;
+    }
+    for (address, length) in SOURCELESS.into_iter().zip([32, 128]) {
+        netlink.route(address, length, Via::link("veth1"))?;
     }
     for (address, mac) in NEIGHBOURS {
         netlink.neighbour(BRIDGE, address, mac)?;

@@ -93,6 +93,18 @@ pub fn setup(rng: &mut Rng) -> Setup {
     if rng.u8(..8) > 0 {
         config.bits |= RESET_VANISHED;
     }
+    if rng.bool() {
+        // All clients outside but one, or one alone, in the last place.
+        let mask: u32 = rng.choice([!0, !1]).expect("a mask");
+        let outside = |family| address(family, Role::Outside, 0);
+        if let (IpAddr::V4(v4), IpAddr::V6(v6)) = (outside(Family::V4), outside(Family::V6)) {
+            let at = rng.usize(..config.pod_nets4.len());
+            config.pod_nets4[at] = v4.into();
+            config.pod_masks4[at] = Ipv4Addr::from(mask).into();
+            config.pod_nets6[at] = v6.into();
+            config.pod_masks6[at] = Ipv6Addr::from(!0 << 32 | u128::from(mask)).into();
+        }
+    }
     if rng.u8(..3) == 0 {
         config.service_mask4 = Addr4(0);
         config.service_mask6 = Addr6([0; 4]);

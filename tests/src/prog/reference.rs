@@ -499,7 +499,7 @@ impl Reference {
         let (mac, router, interface, mtu) = match hop(translation[1].ip()) {
             Hop::None => return Err(Outcome::NoRoute),
             Hop::Router(out) => (out.mac, out.router, self.interface_of(&out), out.mtu),
-            Hop::Bridge(_) => (Mac::default(), Mac::default(), 0, MTU),
+            Hop::Bridge(_) | Hop::Sourceless => (Mac::default(), Mac::default(), 0, MTU),
         };
         if read.length > mtu {
             return self.tell(at, read, Told::TooBig(mtu));
@@ -690,7 +690,8 @@ impl Reference {
     ) -> Step<Exit> {
         let edge = self.edges.get(&at.interface).copied();
         let bits = edge.map_or(edge::UPLINK, |edge| edge.bits);
-        let from_pod = bits & edge::POD != 0;
+        let at_pod = bits & edge::POD != 0;
+        let from_pod = at_pod || self.is_pods(read.tuple.source.ip());
         let (index, used) = match self.service(hints, &read.tuple, from_pod) {
             Ok(Some(found)) => found,
             Ok(None) => return Ok(Exit::Tell(Told::Rejected)),
@@ -718,20 +719,24 @@ impl Reference {
             }
         }
         let (client, asked) = (read.tuple.source, read.tuple.destination);
-        let hairpin = from_pod && backend.address.ip() == client.ip();
+        let itself = backend.address.ip() == client.ip();
+        let hairpin = at_pod && itself;
         let mut seen_ip = if hairpin { asked.ip() } else { client.ip() };
         let mut snat = false;
-        if !hairpin && self.wants_source(&service, used, from_pod, &backend) {
+        let answers_past_us = !at_pod && (itself || backend.bits & LOCAL == 0);
+        if !hairpin && (answers_past_us || self.wants_source(&service, used, from_pod)) {
             let way = match hop(backend.address.ip()) {
-                Hop::Router(out) => Some((out.sources, out.mtu)),
-                Hop::Bridge(_) => Some((BRIDGE_SOURCES, MTU)),
+                Hop::Router(out) => Some((Some(out.sources), out.mtu)),
+                Hop::Bridge(_) => Some((Some(BRIDGE_SOURCES), MTU)),
+                Hop::Sourceless => Some((None, MTU)),
                 // The stack may know.
                 Hop::None => None,
             };
             if let Some((_, mtu)) = way.filter(|(_, mtu)| read.length > *mtu) {
                 return Ok(Exit::Tell(Told::TooBig(mtu)));
             }
-            if let Some(([v4, v6], _)) = way {
+            if let Some((sources, _)) = way {
+                let [v4, v6] = sources.ok_or(Outcome::NoSource)?;
                 snat = true;
                 seen_ip = if client.is_ipv4() { v4 } else { v6 };
             }
@@ -761,20 +766,34 @@ impl Reference {
         self.enter(connection, may_keep_port, events)
     }
 
-    /// Whether a backend must answer to this node.
-    const fn wants_source(
-        &self,
-        service: &Service,
-        used: u8,
-        from_pod: bool,
-        backend: &BackendRecord,
-    ) -> bool {
+    /// Whether a backend that answers by way of this node must see it as the client all the same.
+    const fn wants_source(&self, service: &Service, used: u8, from_pod: bool) -> bool {
         if from_pod {
             return used == kind::CLUSTER_IP && self.is_on(MASQUERADE_ALL);
         }
-        let remote = backend.bits & LOCAL == 0;
         let kept = used != kind::CLUSTER_IP && service.flags() & flag::EXTERNAL_LOCAL != 0;
-        remote || !kept && self.is_on(SNAT_ALWAYS)
+        !kept && self.is_on(SNAT_ALWAYS)
+    }
+
+    /// Whether an address is a pod's by its range.
+    fn is_pods(&self, address: IpAddr) -> bool {
+        let config = &self.config;
+        let holds = |net: IpAddr, mask: IpAddr| {
+            let net = ipnet::IpNet::with_netmask(net, mask).expect("a mask");
+            net.prefix_len() > 0 && net.contains(&address)
+        };
+        let (nets4, masks4) = (config.pod_nets4, config.pod_masks4);
+        let (nets6, masks6) = (config.pod_nets6, config.pod_masks6);
+        match address {
+            IpAddr::V4(_) => nets4
+                .into_iter()
+                .zip(masks4)
+                .any(|(net, mask)| holds(Ipv4Addr::from(net).into(), Ipv4Addr::from(mask).into())),
+            IpAddr::V6(_) => nets6
+                .into_iter()
+                .zip(masks6)
+                .any(|(net, mask)| holds(Ipv6Addr::from(net).into(), Ipv6Addr::from(mask).into())),
+        }
     }
 
     /// A SYN straight to a backend, where a flow has its tuple.
@@ -1059,7 +1078,9 @@ impl Reference {
         if connection.bridged && bridge && at.hook == Hook::TcIngress {
             let [source, backend] = translation.map(|end| end.ip());
             let neighbour = NEIGHBOURS.iter().find(|(address, _)| *address == backend);
-            if let Some((_, mac)) = neighbour.filter(|_| is_routed(source)) {
+            // The kernel finds no way for a frame that is too long for the bridge, but for a tag.
+            let fits = at.frame.len() <= usize::from(MTU) + ETHERNET + 4;
+            if let Some((_, mac)) = neighbour.filter(|_| fits && is_routed(source)) {
                 put(&mut frame, 0, mac);
             }
         }
@@ -1158,7 +1179,7 @@ impl Reference {
             let mtu = match hop(to.ip()) {
                 Hop::None => return Err(Outcome::NoRoute),
                 Hop::Router(out) => out.mtu,
-                Hop::Bridge(_) => MTU,
+                Hop::Bridge(_) | Hop::Sourceless => MTU,
             };
             let length =
                 word(at.frame, ip.l3 + if v4 { 2 } else { 4 }).ok_or(Outcome::Malformed)?;

@@ -1,6 +1,6 @@
 //! Outside clients and the backends of every node, with node-a's uplink in each mode.
 
-use svc_lb_tests::lab::addresses::{NODE_A, SERVICES};
+use svc_lb_tests::lab::addresses::{NODE_A, PODS_B, SERVICES};
 use svc_lb_tests::lab::netlink::Via;
 use svc_lb_tests::lab::wires::Wires;
 use svc_lb_tests::lab::{AgentProcess, Family, Lab, Mode, privileged};
@@ -171,4 +171,32 @@ fn ports_of_translated_sources_are_reserved_until_detach() {
     agent.restart().unwrap();
     agent.detach().unwrap();
     assert_eq!(list().trim(), "8080,61500-62000");
+}
+
+/// C8: with `--pod-cidr` a pod of another node is one here as well: whatever externalTrafficPolicy says, it reaches every
+/// backend, itself too, and those of this node see its own address. Who is outside still does not.
+#[test]
+fn pods_of_other_nodes_are_known_by_their_range() {
+    if !privileged() {
+        return;
+    }
+    let lab = lab();
+    let _servers = serve_all(&lab);
+    let range = |family| format!("{}/{}", PODS_B.base.of(family), PODS_B.len(family));
+    let ranges = Family::BOTH.map(range).join(",");
+    for (settings, reached) in [
+        (vec![], vec!["r1"]),
+        (vec!["--pod-cidr", &ranges], vec!["r1", "far"]),
+    ] {
+        let services = [everywhere("web")
+            .spec("externalTrafficPolicy", "Local".into())
+            .pods(["r1", "far"].map(|name| lab.pod(name)))];
+        let (_manifests, _agent) = start_with(&lab, &services, |config| config.args(settings));
+        for frontend in FROM_OUTSIDE {
+            for family in Family::BOTH {
+                reaches(Source::pod(&lab, "far"), frontend, family, &reached);
+                reaches(Source::outside(&lab, 0), frontend, family, &["r1"]);
+            }
+        }
+    }
 }

@@ -1,14 +1,14 @@
 //! Which backends a client gets: SEMANTICS 1.2, one row per assertion, and session affinity.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use svc_lb::compile::desired::{DesiredPort, FrontendKind, Selection};
-use svc_lb_common::Protocol;
-use svc_lb_common::config::{Config, REJECT_NO_LOCAL};
+use svc_lb_common::config::{Config, REJECT_NO_LOCAL, SNAT_ALWAYS};
 use svc_lb_common::outcome::{Event, Outcome};
+use svc_lb_common::{Family, Protocol};
 use svc_lb_tests::prog::rig::Setup;
-use svc_lb_tests::prog::tables::{Describe as _, port};
+use svc_lb_tests::prog::tables::{Describe as _, at, port};
 use svc_lb_tests::prog::{Frame, Verdict};
 
 use crate::bench::*;
@@ -287,4 +287,53 @@ fn maglev_is_the_same_on_every_node() {
         let one: BTreeSet<_> = of_family.iter().collect();
         assert_eq!(one.len(), 1, "one client, one backend: {one:?}");
     }
+}
+
+/// A client with an address of the pods' range is a pod wherever it comes in: the Cluster set at every frontend, its own address
+/// towards a backend of this node. One of another node, itself too, sees this node's: its answers would not come by here
+/// (SEMANTICS C8).
+#[test]
+fn pods_are_known_by_their_range() {
+    let plain = with_bits(SNAT_ALWAYS);
+    let mut config = plain.config;
+    // Any place of the list will do.
+    config.pod_nets4[3] = Ipv4Addr::new(172, 16, 1, 0).into();
+    config.pod_masks4[3] = Ipv4Addr::new(255, 255, 255, 0).into();
+    config.pod_nets6[0] = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 0).into();
+    config.pod_masks6[0] = Ipv6Addr::from_bits(!0 << 64).into();
+    with_setup(&Setup { config, ..plain }, |bench| {
+        for (family, client, other) in [
+            (Family::V4, "172.16.1.12:7", "172.16.1.10:8080"),
+            (Family::V6, "[2001:db8:1::c]:7", "[2001:db8:1::a]:8080"),
+        ] {
+            let (w, client, other) = (world(family), at(client), at(other));
+            let itself = at_port(client, 8080);
+            bench.program(DesiredPort {
+                external_local: true,
+                ..w.port(Protocol::Tcp)
+                    .node_port(w.node.port())
+                    .frontend(FrontendKind::LoadBalancer, w.balancer)
+                    .local_backends(&[w.local])
+                    .backends(&[other, itself])
+            });
+            let uplink = bench.network.uplink;
+            for frontend in [w.vip, w.node, w.balancer] {
+                let mut seen = BTreeSet::new();
+                for n in 0..64 {
+                    let syn = Frame::tcp(at_port(client, 20_000 + n), frontend, SYN);
+                    let ran = bench.run(TcIngress, uplink, &syn);
+                    let out = ran.parsed();
+                    let masked = out.source.ip() != client.ip();
+                    assert_eq!(ran.verdict == Verdict::Back, masked, "{out:?}");
+                    seen.insert((out.destination, masked));
+                }
+                let expected = [(w.local, false), (other, true), (itself, true)];
+                assert_eq!(seen, BTreeSet::from(expected), "{frontend}");
+                // Who is outside hears of the Local set alone.
+                let reached = reached(bench, uplink, w.outside, w.balancer);
+                assert_eq!(reached, Ok(BTreeSet::from([w.local])));
+                bench.rig.clear_flows();
+            }
+        }
+    });
 }
