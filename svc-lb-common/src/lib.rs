@@ -20,6 +20,7 @@ pub mod config;
 pub mod conntrack;
 pub mod crc32c;
 pub mod edge;
+pub mod fragment;
 pub mod guard;
 pub mod hash;
 mod layout;

@@ -27,6 +27,8 @@ pub const ESTABLISHED: u32 = 524_288;
 pub const STREAMS: u32 = 131_072;
 /// `affinity4`, `affinity6`: clients times affine service ports (Calico's default is the same).
 pub const AFFINITY: u32 = 65_536;
+/// `fragments4`, `fragments6`: datagrams whose fragments may still come.
+pub const FRAGMENTS: u32 = 32_768;
 /// `source_ranges4`, `source_ranges6`: ranges times service ports that have them.
 pub const SOURCE_RANGES: u32 = 65_536;
 /// `edges`: interfaces.
@@ -62,6 +64,8 @@ pub mod name {
     pub const STREAMS: [&str; 2] = ["streams4", "streams6"];
     /// Session affinity by family.
     pub const AFFINITY: [&str; 2] = ["affinity4", "affinity6"];
+    /// Ports of fragmented datagrams, by family.
+    pub const FRAGMENTS: [&str; 2] = ["fragments4", "fragments6"];
     /// Whom services admit at load balancer addresses, by family.
     pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
     /// Edges by interface index.
@@ -76,7 +80,7 @@ pub mod name {
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 27] = [
+    pub const PINNED: [&str; 29] = [
         GUARD,
         GUARD_PORT,
         GUARD_DIRECT,
@@ -94,6 +98,8 @@ pub mod name {
         STREAMS[1],
         AFFINITY[0],
         AFFINITY[1],
+        FRAGMENTS[0],
+        FRAGMENTS[1],
         SOURCE_RANGES[0],
         SOURCE_RANGES[1],
         EDGES,

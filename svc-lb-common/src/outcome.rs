@@ -88,7 +88,8 @@ outcomes! {
     Unallocated = 16, "unallocated", Drop;
     /// Left the node still addressed to a ClusterIP.
     Untranslated = 17, "untranslated", Drop;
-    /// A fragment to or from an address of ours; they are not tracked yet.
+    /// A fragment whose first has not been seen, or not been sent on, to an address that nobody here
+    /// has: it cannot be put together on this node.
     Fragment = 18, "fragment", Drop;
     /// No free source port for a flow whose translated tuple is taken.
     PortsExhausted = 19, "ports_exhausted", Drop;
@@ -127,6 +128,12 @@ outcomes! {
     IcmpError = 34, "icmp_error", Pass;
     /// An ICMP redirect about a flow's packet: the shorter way is not the sender's.
     IcmpRedirect = 35, "icmp_redirect", Drop;
+    /// A fragment whose first has not been seen, to an address that somebody here may have: the
+    /// stack knows.
+    FragmentToStack = 36, "fragment_to_stack", Pass;
+    /// The first fragment of an SCTP packet whose ports would change: its checksum covers a length
+    /// that is not known yet.
+    FragmentSctp = 37, "fragment_sctp", Drop;
 }
 
 /// Number of outcomes.
@@ -238,15 +245,18 @@ pub enum Lru {
     Streams = 2,
     /// Clients' pins.
     Affinity = 3,
+    /// Fragmented datagrams.
+    Fragments = 4,
 }
 
 impl Lru {
     /// All of them, by number.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::Opening,
         Self::Established,
         Self::Streams,
         Self::Affinity,
+        Self::Fragments,
     ];
 
     /// The map of one family.
@@ -257,6 +267,7 @@ impl Lru {
             Self::Established => name::ESTABLISHED,
             Self::Streams => name::STREAMS,
             Self::Affinity => name::AFFINITY,
+            Self::Fragments => name::FRAGMENTS,
         };
         match family {
             Family::V4 => v4,

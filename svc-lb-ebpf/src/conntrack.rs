@@ -22,7 +22,7 @@ use crate::packet::Packet;
 use crate::stats;
 
 /// BPF_NOEXIST of bpf_map_update_elem.
-const NOEXIST: u64 = 1;
+pub(crate) const NOEXIST: u64 = 1;
 
 /// Where the entry that matches a packet lies.
 pub(crate) struct Entry<A: Address> {
@@ -150,6 +150,10 @@ pub(crate) fn follow<P: Packet, F: Family>(
         // The next connection from the same port: nothing of it has ended yet.
         lost |= state::CLIENT_FIN | state::BACKEND_FIN;
     }
+    if met.is_later() {
+        // It says nothing that the first fragment has not said.
+        (gained, lost) = (0, 0);
+    }
     met.gained = gained;
     met.lost = lost;
     let met = met.settle();
@@ -249,7 +253,7 @@ pub(crate) fn confirmed<F: Family>(key: &FlowKey<F::Addr>) -> (&'static Flows<F:
 pub(crate) fn confirms<P: Packet, A: Address>(packet: &P, met: &Met<A>, entry: &Entry<A>) -> bool {
     let flow = &met.flow;
     let answered = flow.traits & flow::REVERSE == 0 && flow.state & state::ANSWERED != 0;
-    if !entry.opening || !answered || state::closed(flow.state) {
+    if !entry.opening || !answered || state::closed(flow.state) || met.is_later() {
         return false;
     }
     if met.is_udp() {
@@ -389,5 +393,6 @@ pub(crate) fn is_foreign<A: Address>(met: &Met<A>, entry: &Entry<A>) -> bool {
         && met.flow.traits & flow::SYN != 0
         && met.flow.state & state::ANSWERED == 0
         && !met.is_udp()
+        && !met.is_later()
         && met.flags & (SYN | RST) == 0
 }

@@ -5,6 +5,7 @@ use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::backend::Backend;
 use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::fragment::{FirstFragment, FragmentKey};
 use svc_lb_common::link::Link;
 use svc_lb_common::service::{Frontend, FrontendKey};
 use svc_lb_common::source_range::Source;
@@ -65,6 +66,8 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn affinity() -> &'static LruHashMap<AffinityKey<Self::Addr>, Affinity>;
     /// Pods of this node that are gone.
     fn vanished() -> &'static HashMap<Self::Addr, u64>;
+    /// Fragmented datagrams.
+    fn fragments() -> &'static LruHashMap<FragmentKey<Self::Addr>, FirstFragment>;
     /// Whom services admit at load balancer addresses.
     fn source_ranges() -> &'static LpmTrie<Source<Self::Addr>, u32>;
     /// `open::tuple_is_free`, verified once.
@@ -163,6 +166,11 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKey<Addr4>, FirstFragment> {
+        &maps::FRAGMENTS4
+    }
+
+    #[inline(always)]
     fn source_ranges() -> &'static LpmTrie<Source<Addr4>, u32> {
         &maps::SOURCE_RANGES4
     }
@@ -257,6 +265,11 @@ impl Family for V6 {
     #[inline(always)]
     fn vanished() -> &'static HashMap<Addr6, u64> {
         &maps::VANISHED6
+    }
+
+    #[inline(always)]
+    fn fragments() -> &'static LruHashMap<FragmentKey<Addr6>, FirstFragment> {
+        &maps::FRAGMENTS6
     }
 
     #[inline(always)]

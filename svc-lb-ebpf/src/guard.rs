@@ -19,6 +19,9 @@ pub(crate) struct Concern {
 }
 
 impl Concern {
+    /// None: of a packet on its way out.
+    pub(crate) const NONE: Self = Self { bits: 0 };
+
     /// It may be addressed to a frontend: one of its own address, or a NodePort's.
     #[inline(always)]
     pub(crate) fn frontend(self) -> bool {
@@ -71,6 +74,15 @@ pub(crate) fn ports<F: Family>(concern: Concern, ip: &Ip<F>, transport: &Transpo
         return Err(Outcome::NotOurs);
     }
     if is_bare_syn(transport.flags) || direct(ip.destination) {
+        return Ok(());
+    }
+    Err(Outcome::NotOurs)
+}
+
+/// A later fragment that comes in at an edge; its ports are not in it.
+#[inline(always)]
+pub(crate) fn later<F: Family>(concern: Concern, ip: &Ip<F>) -> Step<()> {
+    if concern.frontend() || direct(ip.destination) {
         return Ok(());
     }
     Err(Outcome::NotOurs)

@@ -21,6 +21,7 @@ mod config;
 mod conntrack;
 mod family;
 mod forward;
+mod fragment;
 mod guard;
 mod maps;
 mod met;

@@ -13,6 +13,7 @@
 //! | established4/6 | LRU hash | the same, TCP | as above | evicts |
 //! | streams4/6 | LRU hash | the same, UDP | as above | evicts |
 //! | affinity4/6 | LRU hash | client, service -> backend, time | as above | evicts |
+//! | fragments4/6 | LRU hash | id, addresses, protocol -> ports, time | programs, agent deletes | evicts |
 //! | source_ranges4/6 | LPM trie | service, prefix of client -> admitted | agent | object refused |
 //! | edges | hash | interface index -> kind, bridge, MAC | agent | interface refused |
 //! | links | hash | interface index -> source addresses, XDP | agent | no translated source there |
@@ -30,6 +31,7 @@ use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::backend::Backend;
 use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::edge::Edge;
+use svc_lb_common::fragment::{FirstFragment, FragmentKey};
 use svc_lb_common::guard::PORT_WORDS;
 use svc_lb_common::limits;
 use svc_lb_common::link::Link;
@@ -88,6 +90,12 @@ pub(crate) static AFFINITY4: LruHashMap<AffinityKey<Addr4>, Affinity> =
 #[map(name = "affinity6")]
 pub(crate) static AFFINITY6: LruHashMap<AffinityKey<Addr6>, Affinity> =
     LruHashMap::with_max_entries(limits::AFFINITY, 0);
+#[map(name = "fragments4")]
+pub(crate) static FRAGMENTS4: LruHashMap<FragmentKey<Addr4>, FirstFragment> =
+    LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+#[map(name = "fragments6")]
+pub(crate) static FRAGMENTS6: LruHashMap<FragmentKey<Addr6>, FirstFragment> =
+    LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
 #[map(name = "source_ranges4")]
 pub(crate) static SOURCE_RANGES4: LpmTrie<Source<Addr4>, u32> =
     LpmTrie::with_max_entries(limits::SOURCE_RANGES, 0);

@@ -9,12 +9,13 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use svc_lb_common::conntrack::{Flow, FlowKey};
+use svc_lb_common::fragment::FragmentKey;
 use svc_lb_common::outcome::Outcome;
-use svc_lb_common::{Address, Protocol};
+use svc_lb_common::{Address, Be16, Family, Protocol};
 
 use crate::guard::Concern;
 use crate::packet::MAX_QUOTED_WORDS;
-use crate::parse::Transport;
+use crate::parse::{Fragment, Payload, Transport};
 use crate::reject::Complaint;
 use crate::service::Target;
 
@@ -31,6 +32,8 @@ pub(crate) struct Met<A: Address> {
     pub(crate) peer: Flow<A>,
     /// An entry that is in the way of it.
     pub(crate) other: Flow<A>,
+    /// What it has in common with other fragments of its datagram, if it is one.
+    pub(crate) fragment_key: FragmentKey<A>,
     /// The service that a packet without a flow is for.
     pub(crate) target: Target,
     /// The kernel's answer to where a packet goes on to.
@@ -59,6 +62,9 @@ pub(crate) struct Met<A: Address> {
     pub(crate) outcome: Outcome,
     /// Non-zero: the backend, a pod of this node, has vanished, and the client is to be told.
     pub(crate) vanished: u8,
+    /// Which part of a datagram it is. A later one has no transport header: nothing that is read or
+    /// written at `l4`, no flags, and the ports of its first one.
+    pub(crate) fragment: Fragment,
     /// Non-zero: the flow being opened must have a translated source port.
     pub(crate) translate_port: u8,
 }
@@ -110,6 +116,40 @@ impl<A: Address> Met<A> {
         self.vanished = 0;
     }
 
+    /// Notes what a later fragment has in place of a transport header.
+    #[inline(always)]
+    pub(crate) fn set_later(
+        &mut self,
+        addresses @ (source, destination): (A, A),
+        l3: usize,
+        payload: &Payload,
+        direction: u8,
+    ) {
+        self.set_fragment(addresses, payload, direction);
+        let none = Be16::new(0);
+        self.key = FlowKey::new(source, destination, none, none, 0, direction);
+        self.l3 = l3 as u32;
+        self.l4 = payload.l4 as u32;
+        self.flags = 0;
+        self.vanished = 0;
+    }
+
+    /// Notes which part of which datagram it is.
+    #[inline(always)]
+    pub(crate) fn set_fragment(
+        &mut self,
+        (source, destination): (A, A),
+        payload: &Payload,
+        direction: u8,
+    ) {
+        self.fragment = payload.fragment;
+        let protocol = match A::FAMILY {
+            Family::V4 => payload.protocol,
+            Family::V6 => 0,
+        };
+        self.fragment_key = FragmentKey::new(source, destination, payload.id, protocol, direction);
+    }
+
     /// Makes everything about the packet unknown: what follows is verified once, not once for each
     /// way through the parser. Older kernels (before 6.4) compare every scalar they know when a
     /// program has functions, so a constant that is still in a register makes another path.
@@ -139,6 +179,12 @@ impl<A: Address> Met<A> {
     #[inline(always)]
     pub(crate) fn is_udp(&self) -> bool {
         self.key.protocol == Protocol::Udp as u8
+    }
+
+    /// Whether it is a fragment without a transport header.
+    #[inline(always)]
+    pub(crate) fn is_later(&self) -> bool {
+        self.fragment == Fragment::Later
     }
 
     /// The flow's state after the packet.

@@ -16,7 +16,8 @@ use crate::config::enabled;
 use crate::conntrack;
 use crate::family::{V4, V6};
 use crate::forward::{self, Route, Way};
-use crate::guard;
+use crate::fragment;
+use crate::guard::{self, Concern};
 use crate::met::{Met, RST, Related};
 use crate::open;
 use crate::outcome::Verdict;
@@ -65,20 +66,8 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
         }
         return related::<P, F>(packet, &ip, &payload, INBOUND);
     }
-    if payload.fragment != Fragment::Whole {
-        // A pod that is a backend gets its own fragments; a frontend's are not tracked yet.
-        return Err(if concern.frontend() {
-            Outcome::Fragment
-        } else {
-            Outcome::NotOurs
-        });
-    }
-    let transport = parse::transport(packet, &payload)?;
-    guard::ports(concern, &ip, &transport)?;
-    let met = F::met().ok_or(Outcome::FlowInsert)?;
-    met.set((ip.source, ip.destination), l3, &transport, INBOUND);
-    met.concern = concern;
-    let met = met.settle();
+    meet::<P, F>(packet, &ip, &payload, INBOUND, concern)?;
+    let met = F::met().ok_or(Outcome::FlowInsert)?.settle();
     match carry::<P, F>(packet, met) {
         Err(outcome @ (Outcome::Rejected | Outcome::TooBig | Outcome::TimeExceeded)) => {
             reject::answer::<P, F>(packet, met, outcome)
@@ -86,6 +75,40 @@ fn inbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
         Err(Outcome::Reset) => reset::answer::<P, F>(packet, met),
         result => result,
     }
+}
+
+/// Notes the packet's tuple, or that of its datagram.
+///
+/// A function of its own, for the sake of the stack of what follows.
+#[inline(never)]
+fn meet<P: Packet, F: Stack>(
+    packet: &P,
+    ip: &Ip<F>,
+    payload: &Payload,
+    direction: u8,
+    concern: Concern,
+) -> Step<()> {
+    let met = F::met().ok_or(Outcome::FlowInsert)?;
+    met.concern = concern;
+    let addresses = (ip.source, ip.destination);
+    if payload.fragment != Fragment::Later {
+        let transport = parse::transport(packet, payload)?;
+        if direction == INBOUND {
+            guard::ports(concern, ip, &transport)?;
+        }
+        met.set(addresses, ip.l3, &transport, direction);
+        met.set_fragment(addresses, payload, direction);
+        return Ok(());
+    }
+    if direction == INBOUND {
+        guard::later(concern, ip)?;
+    }
+    met.set_later(addresses, ip.l3, payload, direction);
+    let met = met.settle();
+    if fragment::recall::<F>(met) {
+        return Ok(());
+    }
+    Err(fragment::stray::<P, F>(packet, met))
 }
 
 /// Finds or opens the packet's flow, and sends it on along it.
@@ -96,6 +119,9 @@ fn carry<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>) -> Step<Verdic
         return Err(Outcome::Reset);
     }
     if known != Along::Followed {
+        if met.is_later() {
+            return Err(fragment::stray::<P, F>(packet, met));
+        }
         match decide::<P, F>(packet, met, known == Along::Ended)? {
             Decision::Open => met.outcome = open::enter::<F>(met)?,
             Decision::Keep => {
@@ -104,6 +130,10 @@ fn carry<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>) -> Step<Verdic
                 }
             }
         }
+    }
+    let met = met.settle();
+    if met.fragment == Fragment::First {
+        fragment::remember::<F>(met)?;
     }
     let met = met.settle();
     if met.flow.traits & flow::SNAT != 0 {
@@ -118,7 +148,8 @@ fn carry<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>) -> Step<Verdic
 #[inline(always)]
 fn ended<F: Stack>(met: &Met<F::Addr>) -> bool {
     let flow = &met.flow;
-    if flow.traits & flow::REVERSE != 0 || !met.is_udp() && !met.is_bare_syn() {
+    let opens = met.is_udp() || met.is_bare_syn();
+    if flow.traits & flow::REVERSE != 0 || !opens || met.is_later() {
         return false;
     }
     if state::closed(flow.state) {
@@ -136,6 +167,7 @@ fn vanished<F: Stack>(met: &Met<F::Addr>) -> bool {
         && flow.traits & (flow::REVERSE | flow::DIRECT) == 0
         && met.is_tcp()
         && met.flags & RST == 0
+        && !met.is_later()
         && !select::is_endpoint::<F>(flow.backend, flow.generation)
         && F::vanished().get_ptr(flow.destination).is_some()
 }
@@ -385,6 +417,7 @@ fn related<P: Packet, F: Stack>(
     met.l3 = ip.l3 as u32;
     met.l4 = icmp as u32;
     met.flags = 0;
+    met.fragment = Fragment::Whole;
     met.related = Related {
         from: ip.source,
         l3: quote.ip.l3 as u32,
@@ -436,22 +469,17 @@ fn outbound<P: Packet, F: Stack>(packet: &P, l3: usize) -> Step<Verdict> {
             result => result,
         };
     }
-    if payload.fragment == Fragment::Later {
-        return Err(Outcome::NotOurs);
-    }
-    let transport = parse::transport(packet, &payload)?;
-    let met = F::met().ok_or(Outcome::FlowInsert)?;
-    met.set((ip.source, ip.destination), l3, &transport, OUTBOUND);
-    let met = met.settle();
+    meet::<P, F>(packet, &ip, &payload, OUTBOUND, Concern::NONE)?;
+    let met = F::met().ok_or(Outcome::FlowInsert)?.settle();
     let Some(entry) = conntrack::find::<F>(&met.key, &mut met.flow) else {
         return Err(Outcome::NotOurs);
     };
-    if payload.fragment != Fragment::Whole {
-        return Err(Outcome::Fragment);
-    }
     if conntrack::is_foreign(met, &entry) {
         stats::event(Event::Clash);
         return Err(Outcome::NotOurs);
+    }
+    if met.fragment == Fragment::First {
+        fragment::remember::<F>(met)?;
     }
     conntrack::follow::<P, F>(packet, met, &entry);
     rewrite::translate::<P, F>(packet, met)?;

@@ -218,13 +218,13 @@ pub(crate) fn answer<P: Packet, F: Unreachable<Addr: Wire>>(
 const TOO_BIG: u32 = Outcome::TooBig as u32;
 const TIME_EXCEEDED: u32 = Outcome::TimeExceeded as u32;
 
-/// Whether a packet may be answered by one of ours: it is from one host to one host (RFC 1122 3.2.2), and
-/// the limit is not used up.
+/// Whether a packet may be answered by one of ours: it is from one host to one host and no later fragment
+/// (RFC 1122 3.2.2), and the limit is not used up.
 #[inline(always)]
 pub(crate) fn may_answer<P: Packet, F: Family>(packet: &P, met: &Met<F::Addr>) -> Step<()> {
     let [first, _] = packet.load::<[u8; 2]>(0)?;
-    let to_group = first & 1 != 0;
-    if to_group || !F::is_unicast(met.key.source) || !F::is_unicast(met.key.destination) {
+    let silent = first & 1 != 0 || met.is_later();
+    if silent || !F::is_unicast(met.key.source) || !F::is_unicast(met.key.destination) {
         return Err(Outcome::RejectSilent);
     }
     if !take_token() {

@@ -81,6 +81,21 @@ pub(crate) fn is_cluster_ip<F: Family>(address: F::Addr) -> bool {
         .is_some_and(|entry| entry.kind == kind::CLUSTER_IP as u32)
 }
 
+/// What becomes of a later fragment to a frontend's address whose ports are not known: dropped where
+/// nobody has the address, ClusterIPs or load balancers' that are not this node's.
+#[inline(always)]
+pub(crate) fn stray<F: Family>(met: &Met<F::Addr>) -> Outcome {
+    const CLUSTER_IP: u32 = kind::CLUSTER_IP as u32;
+    const LOAD_BALANCER: u32 = kind::LOAD_BALANCER as u32;
+    let address = met.key.destination;
+    match lookup::<F>(&FrontendKey::address(address)).map(|entry| entry.kind) {
+        Some(CLUSTER_IP) => Outcome::Fragment,
+        Some(LOAD_BALANCER) if !met.concern.node() => Outcome::Fragment,
+        None if F::in_service_net(address) && enabled(DROP_UNALLOCATED) => Outcome::Unallocated,
+        Some(_) | None => Outcome::FragmentToStack,
+    }
+}
+
 #[inline(always)]
 fn lookup<F: Family>(key: &FrontendKey<F::Addr>) -> Option<Frontend> {
     let value = F::frontends().get_ptr(key)?;

@@ -18,6 +18,8 @@ mod endpoints;
 mod errors;
 #[path = "netns/flows.rs"]
 mod flows;
+#[path = "netns/fragments.rs"]
+mod fragments;
 #[path = "netns/harness.rs"]
 mod harness;
 #[path = "netns/health.rs"]

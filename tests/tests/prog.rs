@@ -22,6 +22,8 @@ mod endings;
 mod eviction;
 #[path = "prog/floods.rs"]
 mod floods;
+#[path = "prog/fragments.rs"]
+mod fragments;
 #[path = "prog/headers.rs"]
 mod headers;
 #[path = "prog/icmp.rs"]

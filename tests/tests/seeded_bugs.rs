@@ -26,7 +26,13 @@ struct Bug {
     becomes: &'static str,
 }
 
-const BUGS: [Bug; 12] = [
+const BUGS: [Bug; 13] = [
+    Bug {
+        name: "a fragment's id is not the datagram's alone",
+        file: "fragment.rs",
+        is: "if F::fragments().insert(key, first, NOEXIST).is_ok() {",
+        becomes: "if F::fragments().get_ptr(key).is_some() || F::fragments().insert(key, first, NOEXIST).is_ok() {",
+    },
     Bug {
         name: "checksums forget the ports",
         file: "rewrite/nat.rs",

@@ -187,7 +187,12 @@ pub(crate) trait Packet {
     fn load<T: Wire>(&self, offset: usize) -> Step<T>;
 
     /// Overwrites a header or field. Does not touch checksums.
-    fn store<T: Wire>(&self, offset: usize, value: &T) -> Step<()>;
+    fn store<T: Wire>(&self, offset: usize, value: &T) -> Step<()> {
+        self.store_as(offset, value, Sum::Stays)
+    }
+
+    /// The same, and says what it means for the sum over the packet.
+    fn store_as<T: Wire>(&self, offset: usize, value: &T, sum: Sum) -> Step<()>;
 
     /// Applies a `checksum::difference` to the IPv4 header checksum at `offset`.
     fn update_ip_checksum(&self, offset: usize, difference: u32) -> Step<()>;
@@ -226,6 +231,16 @@ pub(crate) enum Leaves {
     Back,
     /// By another one: the redirect helper was told which.
     Away,
+}
+
+/// What a change of a packet does to the sum over all of it, which some drivers hand to the stack
+/// (CHECKSUM_COMPLETE).
+#[derive(Clone, Copy)]
+pub(crate) enum Sum {
+    /// Nothing: another change, of a checksum in the packet, makes up for it.
+    Stays,
+    /// It changes as the bytes do.
+    Changes,
 }
 
 /// What differs between transport checksums.

@@ -8,8 +8,9 @@ use core::ptr::read_volatile;
 
 use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{
-    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, bpf_fib_lookup as FibLookup,
-    bpf_redir_neigh as NextHop, bpf_redir_neigh__bindgen_ty_1 as NextHopAddress,
+    __sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
+    bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop,
+    bpf_redir_neigh__bindgen_ty_1 as NextHopAddress,
 };
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
@@ -20,7 +21,9 @@ use aya_ebpf::programs::TcContext;
 use svc_lb_common::config::CSUM_IPV6;
 use svc_lb_common::outcome::{Hook, Outcome};
 
-use super::{Leaves, MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
+use super::{
+    Leaves, MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, Sum, TransportChecksum, Wire, opaque,
+};
 use crate::config::enabled;
 
 /// BPF_F_IPV6: the difference cancels out in a CHECKSUM_COMPLETE sum (Linux 6.16).
@@ -120,11 +123,15 @@ impl Packet for SkbPacket {
     }
 
     #[inline(always)]
-    fn store<T: Wire>(&self, offset: usize, value: &T) -> Step<()> {
+    fn store_as<T: Wire>(&self, offset: usize, value: &T, sum: Sum) -> Step<()> {
         let from = core::ptr::from_ref(value).cast();
+        let flags = match sum {
+            Sum::Stays => 0,
+            Sum::Changes => BPF_F_RECOMPUTE_CSUM as u64,
+        };
         // SAFETY: `from` points at `size_of::<T>()` initialised bytes.
         done(unsafe {
-            bpf_skb_store_bytes(self.ctx, offset as u32, from, size_of::<T>() as u32, 0)
+            bpf_skb_store_bytes(self.ctx, offset as u32, from, size_of::<T>() as u32, flags)
         })
     }
 

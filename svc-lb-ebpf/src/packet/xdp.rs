@@ -10,7 +10,9 @@ use aya_ebpf::programs::XdpContext;
 use svc_lb_common::checksum;
 use svc_lb_common::outcome::{Hook, Outcome};
 
-use super::{Leaves, MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, TransportChecksum, Wire, opaque};
+use super::{
+    Leaves, MAX_OFFSET, MAX_QUOTED_WORDS, Packet, Step, Sum, TransportChecksum, Wire, opaque,
+};
 use crate::rewrite;
 
 /// Ethernet's shortest frame, without its check sequence.
@@ -115,7 +117,7 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
-    fn store<T: Wire>(&self, offset: usize, value: &T) -> Step<()> {
+    fn store_as<T: Wire>(&self, offset: usize, value: &T, _sum: Sum) -> Step<()> {
         let place = self.at::<T>(offset).ok_or(Outcome::Malformed)?;
         // SAFETY: `at` has checked the bounds.
         unsafe { value.write(place) };

@@ -32,5 +32,6 @@ pub(crate) fn payload<P: Packet>(packet: &P, ip: &Ip<V4>) -> Step<Payload> {
         l4: ip.l3 + length,
         protocol: header.proto,
         fragment,
+        id: u16::from_ne_bytes(header.id) as u32,
     })
 }

@@ -28,6 +28,7 @@ pub(crate) fn payload<P: Packet>(packet: &P, ip: &Ip<V6>) -> Step<Payload> {
     let mut protocol = next;
     let mut l4 = ip.l3 + Ipv6Hdr::LEN;
     let mut fragment = Fragment::Whole;
+    let mut id = 0;
     let mut walked = 0;
     while walked < MAX_HEADERS {
         let length = match protocol {
@@ -44,6 +45,7 @@ pub(crate) fn payload<P: Packet>(packet: &P, ip: &Ip<V6>) -> Step<Payload> {
             }
             FRAGMENT => {
                 let [next, _, high, low] = packet.load::<[u8; 4]>(l4)?;
+                let this = packet.load::<u32>(l4 + 4)?;
                 let word = u16::from_be_bytes([high, low]);
                 if word & 0xfff8 != 0 {
                     // No transport header follows, whatever the header says.
@@ -51,10 +53,11 @@ pub(crate) fn payload<P: Packet>(packet: &P, ip: &Ip<V6>) -> Step<Payload> {
                         l4: l4 + 8,
                         protocol: next,
                         fragment: Fragment::Later,
+                        id: this,
                     });
                 }
                 if word & 1 != 0 {
-                    fragment = Fragment::First;
+                    (fragment, id) = (Fragment::First, this);
                 }
                 protocol = next;
                 8
@@ -64,6 +67,7 @@ pub(crate) fn payload<P: Packet>(packet: &P, ip: &Ip<V6>) -> Step<Payload> {
                     l4,
                     protocol,
                     fragment,
+                    id,
                 });
             }
         };

@@ -46,10 +46,13 @@ pub(crate) struct Payload {
     pub(crate) protocol: u8,
     /// Which part of a datagram.
     pub(crate) fragment: Fragment,
+    /// Which datagram, as it lies in the packet; not set if it is a whole one.
+    pub(crate) id: u32,
 }
 
 /// Which part of a datagram a packet carries.
 #[derive(Clone, Copy, Eq, PartialEq)]
+#[repr(u8)]
 pub(crate) enum Fragment {
     /// All of it.
     Whole,

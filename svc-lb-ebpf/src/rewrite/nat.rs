@@ -12,7 +12,7 @@ use svc_lb_common::{Address, Be16, Family as Af, crc32c};
 
 use crate::forward::Route;
 use crate::met::Met;
-use crate::packet::{Packet, Step, TransportChecksum, Wire};
+use crate::packet::{Packet, Step, Sum, TransportChecksum, Wire};
 
 /// Offset of the header checksum in an IPv4 header.
 pub(super) const IP_CHECK: usize = offset_of!(Ipv4Hdr, check);
@@ -34,6 +34,12 @@ pub(crate) fn translate<P: Packet, F: Route<Addr: Wire>>(
         flow.source.word_sum() + flow.destination.word_sum(),
     );
     let v6 = F::Addr::FAMILY == Af::V6;
+    if met.is_later() {
+        if !v6 {
+            packet.update_ip_checksum(l3 + IP_CHECK, addresses)?;
+        }
+        return store_addresses::<P, F>(packet, met);
+    }
     let check = if met.is_udp() {
         offset_of!(UdpHdr, check)
     } else {
@@ -56,17 +62,32 @@ pub(crate) fn translate<P: Packet, F: Route<Addr: Wire>>(
     if !v6 {
         packet.update_ip_checksum(l3 + IP_CHECK, addresses)?;
     }
-    if flow.source != key.source {
-        packet.store(l3 + F::SOURCE, &flow.source)?;
-    }
-    if flow.destination != key.destination {
-        packet.store(l3 + F::SOURCE + size_of::<F::Addr>(), &flow.destination)?;
-    }
+    store_addresses::<P, F>(packet, met)?;
     if flow.source_port != key.source_port {
         packet.store(l4, &flow.source_port)?;
     }
     if flow.destination_port != key.destination_port {
         packet.store(l4 + DESTINATION_PORT, &flow.destination_port)?;
+    }
+    Ok(())
+}
+
+/// Writes the flow's addresses where they are others than the packet's.
+#[inline(always)]
+fn store_addresses<P: Packet, F: Route<Addr: Wire>>(packet: &P, met: &Met<F::Addr>) -> Step<()> {
+    let Met { key, flow, .. } = met;
+    // Nothing in a later fragment of IPv6 makes up for them.
+    let kind = if F::Addr::FAMILY == Af::V6 && met.is_later() {
+        Sum::Changes
+    } else {
+        Sum::Stays
+    };
+    let at = met.l3 as usize + F::SOURCE;
+    if flow.source != key.source {
+        packet.store_as(at, &flow.source, kind)?;
+    }
+    if flow.destination != key.destination {
+        packet.store_as(at + size_of::<F::Addr>(), &flow.destination, kind)?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Collects what has timed out: flows that are over, and pins of clients.
+//! Collects what has timed out: flows that are over, pins of clients, and fragmented datagrams.
 //!
 //! A pass walks over all entries, some at each tick, and so costs what its caller allows however many
 //! there are.
@@ -29,6 +29,7 @@
 //! walk goes through the maps in the order in which flows do.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -36,6 +37,7 @@ use std::sync::atomic::Ordering;
 use aya_obj::generated::bpf_map_type;
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::conntrack::{Flow, FlowKey, flow};
+use svc_lb_common::fragment::{FirstFragment, FragmentKey, REASSEMBLY_SECONDS};
 use svc_lb_common::limits::name;
 use svc_lb_common::outcome::{Lru, Tally};
 use svc_lb_common::service::Service;
@@ -110,6 +112,8 @@ pub enum Reason {
     /// A client had no new connection for its service's affinity timeout, or the service has none
     /// any more.
     Pin,
+    /// A datagram that is not put together any more.
+    Fragments,
 }
 
 impl Reason {
@@ -119,6 +123,7 @@ impl Reason {
         match self {
             Self::Flow(state) => state.name(),
             Self::Pin => "affinity",
+            Self::Fragments => "fragments",
         }
     }
 }
@@ -199,7 +204,7 @@ struct Step<'a> {
 }
 
 /// A map whose entries can be collected.
-trait Collect: Send + std::fmt::Debug {
+trait Collect: Send + fmt::Debug {
     /// Looks at the next entries, about `count`.
     fn step(&mut self, count: usize, step: &mut Step<'_>) -> io::Result<Progress>;
 }
@@ -229,6 +234,8 @@ impl Collector {
         }
         stages.push(pins::<Addr4>(maps)?);
         stages.push(pins::<Addr6>(maps)?);
+        stages.push(fragments::<Addr4>(maps)?);
+        stages.push(fragments::<Addr6>(maps)?);
         let (guard_direct, _) = maps.take_array::<u64>(name::GUARD_DIRECT)?;
         let (services, _) = maps.take_array::<Service>(name::SERVICES)?;
         Ok(Self {
@@ -565,44 +572,67 @@ fn pins<A: HostAddress>(maps: &mut MapSet) -> Result<Stage>
 where
     AffinityKey<A>: aya::Pod,
 {
-    let shape = Shape::of::<AffinityKey<A>, Affinity>(bpf_map_type::BPF_MAP_TYPE_LRU_HASH);
-    let (map, limit) = maps.take_typed(Lru::Affinity.name(A::FAMILY), &shape)?;
-    let pins = Pins::<A> {
+    let is_old = is_old_pin::<A>;
+    singles(maps, Lru::Affinity, A::FAMILY, Reason::Pin, is_old)
+}
+
+fn fragments<A: HostAddress>(maps: &mut MapSet) -> Result<Stage>
+where
+    FragmentKey<A>: aya::Pod,
+{
+    let is_old = |_: &FragmentKey<A>, first: &FirstFragment, step: &Step<'_>| {
+        step.now.seconds_since(first.seen) >= REASSEMBLY_SECONDS.saturating_add(MARGIN)
+    };
+    singles(maps, Lru::Fragments, A::FAMILY, Reason::Fragments, is_old)
+}
+
+fn singles<K: aya::Pod + fmt::Debug + Send, V: aya::Pod + fmt::Debug + Send>(
+    maps: &mut MapSet,
+    lru: Lru,
+    family: Family,
+    reason: Reason,
+    is_old: fn(&K, &V, &Step<'_>) -> bool,
+) -> Result<Stage> {
+    let shape = Shape::of::<K, V>(bpf_map_type::BPF_MAP_TYPE_LRU_HASH);
+    let (map, limit) = maps.take_typed(lru.name(family), &shape)?;
+    let singles = Singles {
         map,
         walk: Walk::new(),
+        reason,
+        is_old,
     };
-    Ok(Stage::new(Lru::Affinity, A::FAMILY, limit, Box::new(pins)))
+    Ok(Stage::new(lru, family, limit, Box::new(singles)))
 }
 
-/// A map of clients' pins.
+/// A map whose entries stand for themselves: clients' pins, or fragmented datagrams.
 #[derive(Debug)]
-struct Pins<A: HostAddress> {
-    map: TypedMap<AffinityKey<A>, Affinity>,
-    walk: Walk<AffinityKey<A>, Affinity>,
+struct Singles<K: aya::Pod, V: aya::Pod> {
+    map: TypedMap<K, V>,
+    walk: Walk<K, V>,
+    reason: Reason,
+    is_old: fn(&K, &V, &Step<'_>) -> bool,
 }
 
-impl<A: HostAddress> Collect for Pins<A>
-where
-    AffinityKey<A>: aya::Pod,
-{
+impl<K: aya::Pod + fmt::Debug + Send, V: aya::Pod + fmt::Debug + Send> Collect for Singles<K, V> {
     fn step(&mut self, count: usize, step: &mut Step<'_>) -> io::Result<Progress> {
         let mut old = Vec::new();
-        for (key, pin) in self.walk.step(&self.map, count)? {
+        for (key, value) in self.walk.step(&self.map, count)? {
             step.met += 1;
             step.present += 1;
-            if is_old(key, pin, step) {
+            if (self.is_old)(key, value, step) {
                 old.push(*key);
             }
         }
         for key in old {
-            let Some(pin) = self.map.take(&key)? else {
+            let Some(value) = self.map.take(&key)? else {
                 continue;
             };
-            if is_old(&key, &pin, step) {
+            if (self.is_old)(&key, &value, step) {
                 step.taken += 1;
-                step.collected.push(Reason::Pin);
-            } else if !self.map.insert_new(&key, &pin)? {
-                // A connection pinned the client again meanwhile, maybe to another backend.
+                step.collected.push(self.reason);
+            } else if !self.map.insert_new(&key, &value)? {
+                // A packet wrote another one meanwhile: a pin to another backend, or the next datagram
+                // with that id.
                 step.taken += 1;
             }
         }
@@ -615,7 +645,7 @@ where
 }
 
 /// Whether a pin no longer counts, and not since a moment only.
-fn is_old<A: HostAddress>(key: &AffinityKey<A>, pin: &Affinity, step: &Step<'_>) -> bool {
+fn is_old_pin<A: HostAddress>(key: &AffinityKey<A>, pin: &Affinity, step: &Step<'_>) -> bool {
     let seconds = affinity_seconds(step.services, key.service);
     let [a, b, c, d, ..] = pin.seen.to_le_bytes();
     let idle = step.now.seconds_since(u32::from_le_bytes([a, b, c, d]));

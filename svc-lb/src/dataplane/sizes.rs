@@ -68,6 +68,7 @@ impl MapSizes {
             (name::ESTABLISHED, established),
             (name::STREAMS, established / 4),
             (name::AFFINITY, limits::AFFINITY),
+            (name::FRAGMENTS, limits::FRAGMENTS),
             (name::SOURCE_RANGES, limits::SOURCE_RANGES),
             (name::VANISHED, limits::VANISHED),
         ];
@@ -146,9 +147,14 @@ fn range(name: &str) -> (u32, u32) {
         name::GUARD => (1 << 6, 1 << 27),
         // Smaller LRU maps evict entries that are in use: the kernel keeps up to 128 free ones
         // for each CPU.
-        _ if [name::OPENING, name::ESTABLISHED, name::STREAMS]
-            .concat()
-            .contains(&name) =>
+        _ if [
+            name::OPENING,
+            name::ESTABLISHED,
+            name::STREAMS,
+            name::FRAGMENTS,
+        ]
+        .concat()
+        .contains(&name) =>
         {
             (1_024, 1 << 26)
         }

@@ -345,7 +345,7 @@ impl Udp {
 
     /// Waits for one answer.
     pub fn answer(&self) -> io::Result<Datagram> {
-        let mut buffer = [0; 2048];
+        let mut buffer = vec![0; super::MAX_DATAGRAM];
         let (length, from) = self.socket.recv_from(&mut buffer)?;
         let bytes = buffer.get(..length).unwrap_or_default();
         let text = String::from_utf8_lossy(bytes);

@@ -41,6 +41,9 @@ pub use bpf::KernelState;
 pub use netns::Namespace;
 pub use topology::{Attach, BRIDGE, Host, Lab, LabBuilder, NodeName, POD_INTERFACES, Pod, UPLINK};
 
+/// The longest that UDP takes, and more.
+const MAX_DATAGRAM: usize = 65_536;
+
 /// Environment variable that lets tests which need root be skipped without it.
 pub const SKIP_ROOT: &str = "SVC_LB_TEST_SKIP_ROOT";
 

@@ -102,7 +102,7 @@ pub fn udp_echo_at(namespace: &Namespace, id: &str, at: SocketAddr) -> Result<Se
         let Ok(socket) = UdpSocket::from_std(socket) else {
             return;
         };
-        let mut buffer = [0; 2048];
+        let mut buffer = vec![0; super::MAX_DATAGRAM];
         loop {
             // An ICMP error of an earlier answer is not a reason to stop.
             let Ok((length, peer)) = socket.recv_from(&mut buffer).await else {

@@ -1,6 +1,6 @@
 //! The programs against the reference: the same tables, the same packets, the same answers.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -42,6 +42,8 @@ pub struct Report {
     pub packets: usize,
     /// ICMP messages about flows among them.
     pub messages: u64,
+    /// Fragmented datagrams whose parts all went the same way: put together, they had the right checksum.
+    pub datagrams: usize,
     /// How often each outcome and event was counted; "not ours" too, which the programs do not count.
     pub coverage: Counters,
     /// Time in the programs, in the reference, and in all.
@@ -60,6 +62,8 @@ struct Round {
     rng: Rng,
     expected: Counters,
     latest: VecDeque<(Packet, Answer)>,
+    /// What came out of the latest datagrams' parts.
+    parts: BTreeMap<u64, Vec<Vec<u8>>>,
 }
 
 /// Sends random packets through the programs in `object` and through the reference until they differ.
@@ -94,6 +98,7 @@ impl Round {
             rng,
             expected: Counters::default(),
             latest: VecDeque::new(),
+            parts: BTreeMap::new(),
         };
         round
             .rig
@@ -165,7 +170,11 @@ impl Round {
                 self.rig.age_datagrams();
                 self.reference.age_datagrams();
             }
-            150..250 => {
+            150..156 => {
+                self.rig.age_fragments(0);
+                self.reference.age_fragments();
+            }
+            156..250 => {
                 if let Some([lost, kept]) = self.reference.evict(self.rng.u64(..)) {
                     self.rig.evict(&lost, &kept);
                 }
@@ -242,6 +251,9 @@ impl Round {
             answer.verdict,
             answer.bytes.as_deref(),
         );
+        if let (Some((number, of)), Some(bytes)) = (packet.piece, &answer.bytes) {
+            self.part(number, of, bytes, report)?;
+        }
         let bytes_differ = answer.bytes.as_ref().is_some_and(|bytes| *bytes != out);
         self.latest.push_back((packet, answer.clone()));
         if self.latest.len() > SHOWN {
@@ -255,6 +267,29 @@ impl Round {
         }
         if bytes_differ {
             return Err(format!("came out as {}", hex(&out)));
+        }
+        Ok(())
+    }
+
+    /// Puts a datagram together when its last part has come out, if all have the same addresses.
+    fn part(
+        &mut self,
+        number: u64,
+        of: usize,
+        bytes: &[u8],
+        report: &mut Report,
+    ) -> Result<(), String> {
+        let parts = self.parts.entry(number).or_default();
+        parts.push(bytes.to_vec());
+        if parts.len() < of {
+            return Ok(());
+        }
+        let parts = self.parts.remove(&number).unwrap_or_default();
+        self.parts.retain(|other, _| other + 100 > number);
+        if Frame::went_together(&parts) {
+            let whole = Frame::put_together(&parts);
+            whole.ok_or_else(|| format!("datagram {number} is not what it was: {parts:02x?}"))?;
+            report.datagrams += 1;
         }
         Ok(())
     }

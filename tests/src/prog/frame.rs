@@ -99,6 +99,8 @@ pub struct Part {
     pub offset: u16,
     /// More follow.
     pub more: bool,
+    /// What all parts of a datagram have in common; of IPv4 16 bits.
+    pub id: u32,
 }
 
 /// An Ethernet frame with an IP packet in it.
@@ -130,6 +132,8 @@ pub struct Frame {
     pub padding: usize,
 }
 
+/// IPv4's identification of whole packets.
+const ID: u32 = 0x1234;
 /// TCP's numbers where nothing else is said; of frames that are no TCP too.
 const NUMBERS: [u32; 2] = [0x1122_3344, 0x5566_7788];
 const CLIENT_MAC: Mac = [0x02, 0, 0, 0, 0, 0x0c];
@@ -295,13 +299,84 @@ impl Frame {
     /// If source and destination are of different families.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
+        self.with_body(&self.body())
+    }
+
+    /// The frames that a router would make of this one, if it cut the IP packet behind so many bytes, each a multiple of
+    /// 8.
+    ///
+    /// # Panics
+    /// If a cut lies in no such place, or behind the end.
+    #[must_use]
+    pub fn pieces(&self, id: u32, cuts: &[usize]) -> Vec<Vec<u8>> {
+        let body = self.body();
+        let starts = std::iter::once(0).chain(cuts.iter().copied());
+        let ends = cuts.iter().copied().chain([body.len()]);
+        let pieces = starts.zip(ends).map(|(start, end)| {
+            assert!(start % 8 == 0 && start < end, "a cut at {start}");
+            let part = Part {
+                offset: u16::try_from(start / 8).expect("a short datagram"),
+                more: end < body.len(),
+                id,
+            };
+            let piece = Self {
+                part: Some(part),
+                ..self.clone()
+            };
+            piece.with_body(&body[start..end])
+        });
+        pieces.collect()
+    }
+
+    /// Puts a datagram's parts together, as their receiver would, and reads it.
+    ///
+    /// `None` where parts are missing, headers are not right, or the whole has a wrong length or checksum.
+    #[must_use]
+    pub fn put_together(pieces: &[Vec<u8>]) -> Option<Self> {
+        let mut parts = pieces
+            .iter()
+            .map(|bytes| Cut::of(bytes))
+            .collect::<Option<Vec<_>>>()?;
+        parts.sort_by_key(|part| part.offset);
+        let (first, last) = (parts.first()?, parts.last()?);
+        let same = |part: &Cut| part.id == first.id && part.addresses == first.addresses;
+        if !parts.iter().all(same) || last.more {
+            return None;
+        }
+        let mut body = Vec::new();
+        for part in &parts {
+            if part.offset != body.len() {
+                return None;
+            }
+            body.extend(&part.body);
+        }
+        Self::parse(&first.whole(&body)?)
+    }
+
+    /// Whether these are all parts of one datagram, from the first to the last, with the same addresses.
+    #[must_use]
+    pub fn went_together(pieces: &[Vec<u8>]) -> bool {
+        let parts: Option<Vec<Cut>> = pieces.iter().map(|bytes| Cut::of(bytes)).collect();
+        let Some(mut parts) = parts else {
+            return false;
+        };
+        parts.sort_by_key(|part| part.offset);
+        let mut end = 0;
+        let ordered = parts.iter().all(|part| {
+            let follows = part.offset == end && part.addresses == parts[0].addresses;
+            end += part.body.len();
+            follows
+        });
+        ordered && parts.last().is_some_and(|last| !last.more)
+    }
+
+    fn with_body(&self, body: &[u8]) -> Vec<u8> {
         let [destination, source] = self.macs;
         let mut bytes = [destination, source].concat();
         for (kind, tag) in &self.tags {
             bytes.extend(kind.to_be_bytes());
             bytes.extend(tag.to_be_bytes());
         }
-        let body = self.body();
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
                 bytes.extend(0x0800_u16.to_be_bytes());
@@ -330,7 +405,8 @@ impl Frame {
             0,
         ];
         header.extend(be16(length + body));
-        header.extend([0x12, 0x34]);
+        let id = self.part.map_or(ID, |part| part.id);
+        header.extend(u16::try_from(id).expect("16 bits").to_be_bytes());
         header.extend(part.to_be_bytes());
         header.extend([self.hops, self.transport.number(), 0, 0]);
         header.extend(source.octets());
@@ -365,7 +441,7 @@ impl Frame {
         if let Some(part) = self.part {
             let mut bytes = vec![0];
             bytes.extend((part.offset << 3 | u16::from(part.more)).to_be_bytes());
-            bytes.extend([0xde, 0xad, 0xbe, 0xef]);
+            bytes.extend(part.id.to_be_bytes());
             chain.push((next::FRAGMENT, bytes));
         }
         let length: usize = chain.iter().map(|(_, bytes)| bytes.len() + 1).sum();
@@ -694,6 +770,92 @@ impl Icmp {
         ));
         out.extend(message);
         out
+    }
+}
+
+/// A fragment in its parts.
+struct Cut {
+    /// What is in front of the piece of the datagram, less IPv6's fragment header.
+    front: Vec<u8>,
+    l3: usize,
+    /// Where in it the number of what follows lies.
+    next: usize,
+    protocol: u8,
+    addresses: Vec<u8>,
+    id: u32,
+    /// In bytes.
+    offset: usize,
+    more: bool,
+    body: Vec<u8>,
+}
+
+impl Cut {
+    fn of(bytes: &[u8]) -> Option<Self> {
+        let mut l3 = ETHERNET;
+        while [VLAN, QINQ].contains(&word(bytes, l3 - 2)?) {
+            l3 += 4;
+        }
+        if word(bytes, l3 - 2)? == 0x0800 {
+            let l4 = l3 + usize::from(bytes.get(l3)? & 15) * 4;
+            let end = l3 + usize::from(word(bytes, l3 + 2)?);
+            let front = bytes.get(..l4)?;
+            let flags = word(bytes, l3 + 6)?;
+            return (fold(sum(0, &front[l3..])) == 0xffff).then_some(Self {
+                front: front.to_vec(),
+                l3,
+                next: l3 + 9,
+                protocol: front[l3 + 9],
+                addresses: front[l3 + 12..l3 + 20].to_vec(),
+                id: word(bytes, l3 + 4)?.into(),
+                offset: usize::from(flags & 0x1fff) * 8,
+                more: flags & 0x2000 != 0,
+                body: bytes.get(l4..end)?.to_vec(),
+            });
+        }
+        let end = l3 + 40 + usize::from(word(bytes, l3 + 4)?);
+        let (mut next, mut at) = (l3 + 6, l3 + 40);
+        while *bytes.get(next)? != next::FRAGMENT {
+            let units = usize::from(*bytes.get(at + 1)?);
+            let length = match *bytes.get(next)? {
+                next::AUTHENTICATION => (units + 2) * 4,
+                next::HOP_BY_HOP | next::ROUTING | next::DESTINATION => (units + 1) * 8,
+                _ => return None,
+            };
+            (next, at) = (at, at + length);
+        }
+        let flags = word(bytes, at + 2)?;
+        Some(Self {
+            front: bytes.get(..at)?.to_vec(),
+            l3,
+            next,
+            protocol: *bytes.get(at)?,
+            addresses: bytes.get(l3 + 8..l3 + 40)?.to_vec(),
+            id: double_word(bytes, at + 4)?,
+            offset: usize::from(flags & 0xfff8),
+            more: flags & 1 != 0,
+            body: bytes.get(at + 8..end)?.to_vec(),
+        })
+    }
+
+    /// The whole packet.
+    fn whole(&self, body: &[u8]) -> Option<Vec<u8>> {
+        let mut bytes = self.front.clone();
+        let header = bytes.len() - self.l3;
+        let length = |length| u16::try_from(length).ok().map(u16::to_be_bytes);
+        let l3 = self.l3;
+        if word(&bytes, l3 - 2)? == 0x0800 {
+            bytes.splice(l3 + 2..l3 + 4, length(header + body.len())?);
+            bytes.splice(l3 + 4..l3 + 6, u16::try_from(ID).ok()?.to_be_bytes());
+            bytes.splice(l3 + 6..l3 + 8, [0x40, 0]);
+            bytes.splice(l3 + 10..l3 + 12, [0, 0]);
+            let check = (!fold(sum(0, &bytes[l3..]))).to_ne_bytes();
+            bytes.splice(l3 + 10..l3 + 12, check);
+        } else {
+            bytes.splice(l3 + 4..l3 + 6, length(header - 40 + body.len())?);
+            bytes[self.next] = self.protocol;
+        }
+        bytes.extend(body);
+        Some(bytes)
     }
 }
 

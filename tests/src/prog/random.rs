@@ -1,6 +1,6 @@
 //! Random services and random packets, made to meet: few addresses, few ports, all kinds of both.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use fastrand::Rng;
@@ -34,6 +34,8 @@ pub struct Packet {
     pub bytes: Vec<u8>,
     /// What it was before it was damaged; an exchange goes on only from what was not.
     frame: Option<Frame>,
+    /// Of a part of a datagram: which one of all, and of how many parts.
+    pub piece: Option<(u64, usize)>,
 }
 
 /// Makes packets, and answers to what became of them.
@@ -43,6 +45,10 @@ pub struct Traffic {
     exchanges: Vec<Exchange>,
     /// ICMP messages that were made.
     pub messages: u64,
+    /// Parts of datagrams that are on their way.
+    pieces: VecDeque<Packet>,
+    /// How many datagrams were cut.
+    cut: u64,
 }
 
 /// What a client sent, and what its backend saw of it.
@@ -281,11 +287,18 @@ impl Traffic {
             network,
             exchanges: Vec::new(),
             messages: 0,
+            pieces: VecDeque::new(),
+            cut: 0,
         }
     }
 
     /// The next packet.
     pub fn next(&mut self, rng: &mut Rng) -> Packet {
+        if rng.u8(..3) > 0
+            && let Some(piece) = self.pieces.pop_front()
+        {
+            return piece;
+        }
         let mut packet = match rng.u8(..100) {
             0..12 if !self.exchanges.is_empty() => self.complain(rng),
             12..54 if !self.exchanges.is_empty() => self.go_on(rng),
@@ -296,10 +309,77 @@ impl Traffic {
         if rng.u8(..12) == 0 {
             decorate(rng, &mut packet);
         }
+        if rng.u8(..8) == 0 && self.cut(rng, &packet) {
+            return self.pieces.pop_front().expect("two at least");
+        }
         if rng.u8(..25) == 0 {
             damage(rng, &mut packet);
         }
         packet
+    }
+
+    /// Cuts a packet, and has its parts follow, in order or not; false where it cannot be.
+    fn cut(&mut self, rng: &mut Rng, packet: &Packet) -> bool {
+        // What is longer no test run takes.
+        let whole = packet.frame.as_ref().filter(|frame| {
+            frame.part.is_none() && !matches!(frame.transport, Transport::Other(_))
+        });
+        let Some(frame) = whole.filter(|_| packet.bytes.len() < 1_600) else {
+            return false;
+        };
+        let mut frame = frame.clone();
+        let more = rng.choice([0, 7, 40, 40, 1_400, 1_400]);
+        let longer = frame.payload.len() + more.expect("a length");
+        frame.payload.resize(longer, 0x5a);
+        let body = frame.payload.len() + 8;
+        // Headers of TCP end in the second or third part then.
+        let first = rng.choice([8, 8, 16, 24, 24, 48, 1_240, 1_400]);
+        let mut cuts = vec![first.expect("a cut")];
+        for _ in 0..rng.u8(..4) {
+            let step = rng.choice([8, 8, 64, 1_400]).expect("a step");
+            cuts.extend(cuts.last().map(|cut| cut + step));
+        }
+        cuts.retain(|cut| *cut < body);
+        if cuts.is_empty() {
+            return false;
+        }
+        // Few, so that they are used again.
+        let id = 1 + rng.u32(..3);
+        let mut pieces = frame.pieces(id, &cuts);
+        if rng.u8(..8) == 0 {
+            // One that overlaps all others, or is a first one again.
+            let part = Part {
+                offset: rng.u16(..4),
+                more: rng.bool(),
+                id,
+            };
+            let payload = payload(rng);
+            let part = Some(part);
+            let overlapping = Frame {
+                part,
+                payload,
+                ..frame
+            };
+            pieces.push(overlapping.to_bytes());
+        }
+        match rng.u8(..8) {
+            0 => rng.shuffle(&mut pieces),
+            1 => pieces.reverse(),
+            2 => {
+                let lost = rng.usize(..pieces.len());
+                pieces.remove(lost);
+            }
+            _ => {}
+        }
+        self.cut += 1;
+        let piece = Some((self.cut, pieces.len()));
+        self.pieces.extend(pieces.into_iter().map(|bytes| Packet {
+            bytes,
+            frame: None,
+            piece,
+            ..packet.clone()
+        }));
+        !self.pieces.is_empty()
     }
 
     /// What became of a packet.
@@ -440,6 +520,7 @@ impl Traffic {
             interface,
             bytes: frame.to_bytes(),
             frame: Some(frame),
+            piece: None,
         }
     }
 
@@ -512,6 +593,7 @@ impl Traffic {
             interface,
             bytes: frame.to_bytes(),
             frame: Some(frame),
+            piece: None,
         }
     }
 
@@ -591,6 +673,7 @@ impl Traffic {
             about.part = Some(Part {
                 offset: rng.choice([0, 0, 185]).expect("an offset"),
                 more: rng.bool(),
+                id: 1 + rng.u32(..3),
             });
         }
         let mut message = Icmp::about(&about, kind, from, quoted);
@@ -613,6 +696,7 @@ impl Traffic {
             interface,
             bytes,
             frame: None,
+            piece: None,
         }
     }
 
@@ -728,6 +812,7 @@ fn decorate(rng: &mut Rng, packet: &mut Packet) {
             frame.part = Some(Part {
                 offset: rng.choice([0, 0, 1, 185]).expect("an offset"),
                 more: rng.bool(),
+                id: 1 + rng.u32(..3),
             });
         }
         4 => {

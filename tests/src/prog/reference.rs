@@ -72,6 +72,8 @@ pub struct Reference {
     direct: BTreeSet<u32>,
     /// Pods of this node that are gone.
     pub vanished: BTreeSet<IpAddr>,
+    /// What first fragments said, for those that follow.
+    datagrams: HashMap<Datagram, First>,
     /// Packets that may still be sent.
     pub tokens: u32,
 }
@@ -94,6 +96,24 @@ struct Pin {
     backend: u32,
     generation: u16,
     expired: bool,
+}
+
+/// What the fragments of one datagram have in common.
+#[derive(Clone, Copy, Debug, Eq, Hash, PartialEq)]
+struct Datagram {
+    way: Way,
+    source: IpAddr,
+    destination: IpAddr,
+    id: u32,
+    /// Of IPv4 alone.
+    protocol: Option<u8>,
+}
+
+/// The rest of a fragmented datagram's tuple.
+#[derive(Clone, Copy, Debug)]
+struct First {
+    protocol: u8,
+    ports: [u16; 2],
 }
 
 /// All flows, by what matches them.
@@ -270,7 +290,7 @@ struct Read {
     sequence: Option<u32>,
     /// SCTP: the verification tag.
     acknowledges: u32,
-    first_fragment: bool,
+    piece: Option<Piece>,
 }
 
 impl Read {
@@ -284,6 +304,22 @@ impl Read {
 
     const fn opens(&self) -> bool {
         opens(self.flags)
+    }
+
+    /// A fragment without a transport header.
+    fn is_later(&self) -> bool {
+        self.piece.is_some_and(|piece| !piece.first)
+    }
+
+    fn datagram(&self, piece: Piece) -> Datagram {
+        let source = self.tuple.source.ip();
+        Datagram {
+            way: self.tuple.way,
+            source,
+            destination: self.tuple.destination.ip(),
+            id: piece.id,
+            protocol: source.is_ipv4().then_some(piece.protocol),
+        }
     }
 }
 
@@ -333,8 +369,18 @@ struct Ip {
 struct Payload {
     l4: usize,
     protocol: u8,
-    /// Offset in the datagram and whether more follows; none of what is whole.
-    part: Option<bool>,
+    /// None of what is whole.
+    piece: Option<Piece>,
+}
+
+/// Part of a fragmented datagram.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    first: bool,
+    /// The identification as it lies in the packet.
+    id: u32,
+    /// What the header in front of it says is next.
+    protocol: u8,
 }
 
 impl Reference {
@@ -354,6 +400,7 @@ impl Reference {
             pins: HashMap::new(),
             direct: BTreeSet::new(),
             vanished: BTreeSet::new(),
+            datagrams: HashMap::new(),
             tokens: config.generate_burst,
         }
     }
@@ -392,6 +439,11 @@ impl Reference {
         for connection in self.flows.connections.values_mut() {
             connection.aged = true;
         }
+    }
+
+    /// Every fragmented datagram is too old to be put together.
+    pub fn age_fragments(&mut self) {
+        self.datagrams.clear();
     }
 
     /// Loses one entry of some flow, which then has had no packet for long; which one `seed` decides. Returns what
@@ -465,23 +517,100 @@ impl Reference {
             }
             return self.related(at, &ip, &payload, Way::In);
         }
-        let to_frontend = hints & (FRONTEND | NODE) != 0;
-        if payload.part.is_some() {
-            return Err(if to_frontend {
-                Outcome::Fragment
-            } else {
-                Outcome::NotOurs
-            });
-        }
-        let read = transport(at, &ip, &payload, Way::In)?;
-        self.guard_ports(hints, &read)?;
-        match self.route(at, hints, &read, events)? {
+        let (read, exit) = if payload.piece.is_some_and(|piece| !piece.first) {
+            let to_frontend = hints & (FRONTEND | NODE) != 0;
+            if !to_frontend && !self.direct.contains(&direct_position(ip.destination)) {
+                return Err(Outcome::NotOurs);
+            }
+            let found = self.recall(at, &ip, &payload, Way::In);
+            let (read, id, side) = found.ok_or_else(|| self.stray(at.hook, hints, &ip))?;
+            (read, self.follow(id, side, &read, events))
+        } else {
+            let read = transport(at, &ip, &payload, Way::In)?;
+            self.guard_ports(hints, &read)?;
+            (read, self.route(at, hints, &read, events)?)
+        };
+        match exit {
             Exit::Tell(told) => self.tell(at, &read, told),
             Exit::Reset => self.reset(at, &read),
-            Exit::Along(id, side, outcome) if self.flows.connections[&id].snat => {
-                self.send_away(at, &read, id, side, outcome)
+            Exit::Along(id, side, outcome) => {
+                self.remember(&read, id, side)?;
+                if self.flows.connections[&id].snat {
+                    self.send_away(at, &read, id, side, outcome)
+                } else {
+                    self.send_on(at, &read, id, side, outcome)
+                }
             }
-            Exit::Along(id, side, outcome) => self.send_on(at, &read, id, side, outcome),
+        }
+    }
+
+    /// Notes the ports of a first fragment; those of SCTP must stay.
+    fn remember(&mut self, read: &Read, id: u64, side: Side) -> Step<()> {
+        let Some(piece) = read.piece.filter(|piece| piece.first) else {
+            return Ok(());
+        };
+        let [source, destination] = self.flows.connections[&id].translation(side);
+        let ports = [read.tuple.source.port(), read.tuple.destination.port()];
+        if read.is_sctp() && ports != [source.port(), destination.port()] {
+            return Err(Outcome::FragmentSctp);
+        }
+        let first = First {
+            protocol: read.tuple.protocol,
+            ports,
+        };
+        self.datagrams.insert(read.datagram(piece), first);
+        Ok(())
+    }
+
+    /// The flow that a later fragment's datagram belongs to.
+    fn recall(
+        &self,
+        at: At<'_>,
+        ip: &Ip,
+        payload: &Payload,
+        way: Way,
+    ) -> Option<(Read, u64, Side)> {
+        let piece = payload.piece.expect("a fragment");
+        let mut read = Read {
+            l3: ip.l3,
+            length: length(at.frame, ip).expect("it has a header"),
+            l4: payload.l4,
+            tuple: Tuple {
+                way,
+                protocol: 0,
+                source: SocketAddr::new(ip.source, 0),
+                destination: SocketAddr::new(ip.destination, 0),
+            },
+            flags: 0,
+            sequence: None,
+            acknowledges: 0,
+            piece: Some(piece),
+        };
+        let first = self.datagrams.get(&read.datagram(piece))?;
+        read.tuple.protocol = first.protocol;
+        read.tuple.source.set_port(first.ports[0]);
+        read.tuple.destination.set_port(first.ports[1]);
+        let (id, side) = self.flows.find(&read.tuple)?;
+        Some((read, id, side))
+    }
+
+    /// What becomes of a later fragment of no flow.
+    fn stray(&self, hook: Hook, hints: u8, ip: &Ip) -> Outcome {
+        if hints & (FRONTEND | NODE) == 0 {
+            return Outcome::NotOurs;
+        }
+        if hook == Hook::XdpIngress {
+            return Outcome::LeftToTc;
+        }
+        let address = FrontendAt::address(ip.destination);
+        let entry = self.tables.frontends.get(&address);
+        match entry.map(|entry| entry.kind) {
+            Some(kind::CLUSTER_IP) => Outcome::Fragment,
+            Some(kind::LOAD_BALANCER) if hints & NODE == 0 => Outcome::Fragment,
+            None if self.is_service_address(ip.destination) && self.is_on(DROP_UNALLOCATED) => {
+                Outcome::Unallocated
+            }
+            _ => Outcome::FragmentToStack,
         }
     }
 
@@ -652,8 +781,10 @@ impl Reference {
         let connection = self.flows.connections.get_mut(&id).expect("it was found");
         let before = (connection.answered, connection.fin, connection.reset);
         let reset = read.flags & flags::RST != 0;
-        let answers = side == Side::Backend && !reset;
-        connection.reset = reset;
+        let answers = side == Side::Backend && !reset && !read.is_later();
+        if !read.is_later() {
+            connection.reset = reset;
+        }
         connection.answered |= answers;
         connection.fin[usize::from(side == Side::Backend)] |= read.flags & flags::FIN != 0;
         if side == Side::Client && read.opens() {
@@ -1114,21 +1245,22 @@ impl Reference {
                 result => result,
             };
         }
-        if payload.part == Some(false) {
-            return Err(Outcome::NotOurs);
-        }
-        let read = transport(at, &ip, &payload, Way::Out)?;
-        let (id, side) = self.flows.find(&read.tuple).ok_or(Outcome::NotOurs)?;
-        if read.first_fragment {
-            return Err(Outcome::Fragment);
-        }
+        let (read, id, side) = if payload.piece.is_some_and(|piece| !piece.first) {
+            let found = self.recall(at, &ip, &payload, Way::Out);
+            found.ok_or(Outcome::NotOurs)?
+        } else {
+            let read = transport(at, &ip, &payload, Way::Out)?;
+            let (id, side) = self.flows.find(&read.tuple).ok_or(Outcome::NotOurs)?;
+            (read, id, side)
+        };
         let connection = self.flows.connections[&id];
         let says_hello = read.flags & (flags::SYN | flags::RST) != 0;
         let waits = connection.syn && !connection.answered && !connection.established;
-        if waits && !read.is_udp() && !says_hello {
+        if waits && !read.is_udp() && !says_hello && !read.is_later() {
             events.push(Event::Clash);
             return Err(Outcome::NotOurs);
         }
+        self.remember(&read, id, side)?;
         self.note(id, side, &read, events);
         let mut frame = at.frame.to_vec();
         translate(&mut frame, &read, connection.translation(side));
@@ -1155,7 +1287,7 @@ impl Reference {
         } else {
             (1..=4).contains(&kind)
         };
-        if payload.part.is_some() || !tells {
+        if payload.piece.is_some() || !tells {
             return Err(Outcome::OtherProtocol);
         }
         let quote = quote(at.frame, start + 8, v4, way);
@@ -1342,7 +1474,8 @@ impl Reference {
     /// Whether a packet may be answered by one that nobody asked for.
     fn may_answer(&mut self, frame: &[u8], read: &Read) -> Step<()> {
         let ends = [read.tuple.source, read.tuple.destination];
-        if frame[0] & 1 != 0 || !ends.iter().all(|end| is_one_host(end.ip())) {
+        let silent = frame[0] & 1 != 0 || read.is_later();
+        if silent || !ends.iter().all(|end| is_one_host(end.ip())) {
             return Err(Outcome::RejectSilent);
         }
         if self.tokens == 0 {
@@ -1415,8 +1548,8 @@ impl Reference {
 
 impl Connection {
     /// Whether a client's packet shows that it gets the backend's answers, where that was not known yet.
-    const fn is_proved_by(&self, read: &Read) -> bool {
-        if self.established || !self.answered || self.is_closed() {
+    fn is_proved_by(&self, read: &Read) -> bool {
+        if self.established || !self.answered || self.is_closed() || read.is_later() {
             return false;
         }
         if read.is_udp() {
@@ -1428,7 +1561,7 @@ impl Connection {
                 && self.heard != 0;
         }
         let distance = read.acknowledges.wrapping_sub(self.heard).cast_signed();
-        read.flags & flags::ACK != 0 && -PROOF <= distance && distance < PROOF
+        read.flags & flags::ACK != 0 && (-PROOF..PROOF).contains(&distance)
     }
 }
 
@@ -1528,7 +1661,8 @@ fn quote(frame: &[u8], l3: usize, v4: bool, way: Way) -> Option<(Ip, usize, Tupl
     let inner = addresses(frame, l3, v4).ok()?;
     let payload = payload(frame, &inner).ok()?;
     let l4 = payload.l4;
-    if payload.part == Some(false) || l4 + 8 > frame.len() {
+    let later = payload.piece.is_some_and(|piece| !piece.first);
+    if later || l4 + 8 > frame.len() {
         return None;
     }
     let port = |at| bytes::<2>(frame, at).ok().map(u16::from_be_bytes);
@@ -1592,7 +1726,11 @@ fn payload(frame: &[u8], ip: &Ip) -> Step<Payload> {
         return Ok(Payload {
             l4: l3 + 4 * words,
             protocol: header[9],
-            part: part(fragment & 0x1fff, fragment & 0x2000 != 0),
+            piece: part(fragment & 0x1fff, fragment & 0x2000 != 0).map(|first| Piece {
+                first,
+                id: u16::from_ne_bytes([header[4], header[5]]).into(),
+                protocol: header[9],
+            }),
         });
     }
     if frame[l3] >> 4 != 6 {
@@ -1613,16 +1751,21 @@ fn payload(frame: &[u8], ip: &Ip) -> Step<Payload> {
             }
             next::FRAGMENT => {
                 let [after, _, a, b] = bytes(frame, l4)?;
+                let id = u32::from_ne_bytes(bytes(frame, l4 + 4)?);
                 let fragment = u16::from_be_bytes([a, b]);
                 (protocol, l4) = (after, l4 + 8);
-                let this = part(fragment >> 3, fragment & 1 != 0);
+                let this = part(fragment >> 3, fragment & 1 != 0).map(|first| Piece {
+                    first,
+                    id,
+                    protocol,
+                });
                 // A second header does not make a fragment whole again.
                 found = this.or(found);
-                if found == Some(false) {
+                if found.is_some_and(|piece| !piece.first) {
                     return Ok(Payload {
                         l4,
                         protocol,
-                        part: found,
+                        piece: found,
                     });
                 }
             }
@@ -1630,7 +1773,7 @@ fn payload(frame: &[u8], ip: &Ip) -> Step<Payload> {
                 return Ok(Payload {
                     l4,
                     protocol,
-                    part: found,
+                    piece: found,
                 });
             }
         }
@@ -1668,14 +1811,9 @@ fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
         _ => return Err(Outcome::OtherProtocol),
     };
     let port = |offset| word(frame, l4 + offset).ok_or(Outcome::Malformed);
-    let length = |offset| word(frame, ip.l3 + offset).ok_or(Outcome::Malformed);
-    let length = match ip.source {
-        IpAddr::V4(_) => length(2)?,
-        IpAddr::V6(_) => length(4)?.saturating_add(40),
-    };
     Ok(Read {
         l3: ip.l3,
-        length,
+        length: length(frame, ip).ok_or(Outcome::Malformed)?,
         l4,
         tuple: Tuple {
             way,
@@ -1686,8 +1824,16 @@ fn transport(at: At<'_>, ip: &Ip, payload: &Payload, way: Way) -> Step<Read> {
         flags: tcp,
         sequence,
         acknowledges,
-        first_fragment: payload.part == Some(true),
+        piece: payload.piece,
     })
+}
+
+/// The packet's length as its network header says.
+fn length(frame: &[u8], ip: &Ip) -> Option<u16> {
+    match ip.source {
+        IpAddr::V4(_) => word(frame, ip.l3 + 2),
+        IpAddr::V6(_) => Some(word(frame, ip.l3 + 4)?.saturating_add(40)),
+    }
 }
 
 /// Gives a frame new addresses and ports.
@@ -1702,7 +1848,9 @@ fn translate(frame: &mut [u8], read: &Read, [source, destination]: [SocketAddr; 
     } else {
         (16, false)
     };
-    if read.is_sctp() {
+    if read.is_later() {
+        // No transport header.
+    } else if read.is_sctp() {
         adjust_sctp(frame, read, [source.port(), destination.port()]);
     } else {
         adjust(
@@ -1721,8 +1869,10 @@ fn translate(frame: &mut [u8], read: &Read, [source, destination]: [SocketAddr; 
     };
     let both = [octets(source.ip()), octets(destination.ip())].concat();
     put(frame, read.l3 + addresses, &both);
-    put(frame, read.l4, &source.port().to_be_bytes());
-    put(frame, read.l4 + 2, &destination.port().to_be_bytes());
+    if !read.is_later() {
+        put(frame, read.l4, &source.port().to_be_bytes());
+        put(frame, read.l4 + 2, &destination.port().to_be_bytes());
+    }
 }
 
 /// Keeps an SCTP packet's checksum as right or wrong as it was when its ports become others: the checksum is

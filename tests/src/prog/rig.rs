@@ -22,6 +22,7 @@ use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::config::Config;
 use svc_lb_common::conntrack::{Flow, FlowKey, INBOUND, OUTBOUND, PROOF_SECONDS};
 use svc_lb_common::edge::{self, Edge};
+use svc_lb_common::fragment::{FirstFragment, FragmentKey, REASSEMBLY_SECONDS};
 use svc_lb_common::limits::name;
 use svc_lb_common::link::{self, Link};
 use svc_lb_common::outcome::{Event, Hook, Outcome, Tally, counter};
@@ -64,7 +65,7 @@ pub struct Setup {
 }
 
 /// Small enough to load quickly and read back whole, large enough that nothing is evicted.
-const SIZES: [(&str, u32); 15] = [
+const SIZES: [(&str, u32); 17] = [
     (name::GUARD, 256),
     (name::SERVICES, 64),
     (name::SLOTS, 1_024),
@@ -80,6 +81,8 @@ const SIZES: [(&str, u32); 15] = [
     (name::ESTABLISHED[1], 32_768),
     (name::STREAMS[0], 32_768),
     (name::STREAMS[1], 32_768),
+    (name::FRAGMENTS[0], 32_768),
+    (name::FRAGMENTS[1], 32_768),
 ];
 
 /// The object that `cargo xtask build` leaves.
@@ -399,6 +402,14 @@ impl Rig {
         });
     }
 
+    /// Makes every fragmented datagram too old to be put together, by so many seconds more than it must be.
+    pub fn age_fragments(&mut self, seconds: u32) {
+        let age = (REASSEMBLY_SECONDS + seconds) * self.config.hz;
+        let [v4, v6] = name::FRAGMENTS;
+        age_fragments_in::<Addr4>(self.map(v4), age);
+        age_fragments_in::<Addr6>(self.map(v6), age);
+    }
+
     /// What collects flows and pins that are over.
     ///
     /// # Panics
@@ -538,6 +549,16 @@ fn replace<A: HostAddress>(map: &mut Map, addresses: &BTreeSet<IpAddr>) {
     for address in addresses.iter().filter_map(|at| A::from_ip(*at)) {
         map.insert(address, 0, 0).expect("an entry is put");
     }
+}
+
+fn age_fragments_in<A: HostAddress>(map: &mut Map, age: u32)
+where
+    FragmentKey<A>: aya::Pod,
+{
+    change_all::<FragmentKey<A>, FirstFragment>(map, &|key, first| {
+        first.seen = first.seen.wrapping_sub(age);
+        *first = first.sealed(key);
+    });
 }
 
 fn change_all<K: aya::Pod, V: aya::Pod>(map: &mut Map, change: &dyn Fn(&K, &mut V)) {

@@ -2,7 +2,7 @@
 
 use svc_lb_common::outcome::Outcome;
 use svc_lb_common::{Family, Protocol};
-use svc_lb_tests::prog::frame::{Part, QINQ, Transport, VLAN, next};
+use svc_lb_tests::prog::frame::{QINQ, Transport, VLAN, next};
 use svc_lb_tests::prog::tables::Describe as _;
 use svc_lb_tests::prog::{Frame, Verdict};
 
@@ -123,51 +123,6 @@ fn malformed_headers_are_left_alone() {
                     assert_eq!(counted.iter().collect::<Vec<_>>(), [(malformed, 1)]);
                 }
             }
-        }
-    });
-}
-
-/// Fragments to a frontend or along a flow are dropped, not sent half translated; a backend's own are left alone.
-#[test]
-fn fragments_are_not_half_translated() {
-    for_families(|bench, w| {
-        bench.program(w.port(Protocol::Udp).backends(&[w.remote]));
-        let datagram = Frame::udp(w.client, w.vip);
-        let out = bench.pod_sends(&datagram).opened();
-        let parts = [(0, true), (8, true), (8, false)];
-        for part in parts.map(|(offset, more)| Part { offset, more }) {
-            let part_of = |frame: &Frame| Frame {
-                part: Some(part),
-                payload: vec![0x55; 64],
-                ..frame.clone()
-            };
-            let run = |bench: &mut Bench, hook, interface, frame: &Frame| {
-                bench.run(hook, interface, &part_of(frame))
-            };
-            let (pod, uplink) = (bench.network.pod, bench.network.uplink);
-            run(bench, TcIngress, pod, &datagram).dropped(Outcome::Fragment);
-            run(bench, XdpIngress, uplink, &datagram).dropped(Outcome::Fragment);
-            let to_backend = Frame::udp(w.client, w.remote);
-            run(bench, TcIngress, pod, &to_backend).ignored();
-            let answer = run(bench, TcEgress, pod, &out.answer(0));
-            if part.offset == 0 {
-                answer.dropped(Outcome::Fragment);
-            } else {
-                answer.ignored();
-            }
-        }
-        // An IPv6 fragment header on a whole datagram is an ordinary extension header.
-        if w.family == Family::V6 {
-            let whole = Frame {
-                part: Some(Part {
-                    offset: 0,
-                    more: false,
-                }),
-                ..datagram
-            };
-            bench
-                .pod_sends(&whole)
-                .became(Outcome::ForwardOpening, &whole.clone().to(w.remote));
         }
     });
 }

@@ -86,6 +86,7 @@ fn packets(w: &World, protocol: Protocol) -> Vec<Frame> {
     first.part = Some(Part {
         offset: 0,
         more: true,
+        id: 1,
     });
     vec![plain, decorated, first]
 }
@@ -305,6 +306,7 @@ fn about_nothing_of_ours() {
         later.part = Some(Part {
             offset: 1,
             more: false,
+            id: 1,
         });
         strangers.push(error(router, &later, kind, 8));
         let mut other = gone.clone();
