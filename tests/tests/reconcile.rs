@@ -21,11 +21,11 @@ use svc_lb::dataplane::memory::Memory;
 use svc_lb::dataplane::sys::map::{MapInfo, TypedMap, map_create};
 use svc_lb::dataplane::{
     BackendRecord, Dataplane, FlowClock, FlowEntry, FrontendAt, FrontendValue, GuardBit, PerFamily,
-    ServiceWord, Sizes, Snapshot, Timeouts,
+    ServiceWord, Sizes, Snapshot, SourceRange, Timeouts,
 };
 use svc_lb::model::ObjectName;
-use svc_lb::plan::{Planner, apply, reclaim, sweep};
-use svc_lb_common::backend::Backend as BackendElement;
+use svc_lb::plan::{Planner, apply, reclaim, repair, sweep};
+use svc_lb_common::backend::{Backend as BackendElement, GONE};
 use svc_lb_common::conntrack::{Flow, FlowKey, INBOUND};
 use svc_lb_common::edge::{Edge, POD};
 use svc_lb_common::guard::{FRONTEND, PORT_WORDS};
@@ -386,6 +386,180 @@ fn the_kernels_maps_follow_the_planner_as_the_maps_in_memory_do() {
 #[test]
 fn so_they_do_when_writes_fail() {
     alike(vec![30, 200], 64);
+}
+
+/// The kinds of damage that [`damage`] does.
+const DAMAGES: usize = 13;
+
+/// Writes to a map what nobody wanted; the map's name, or none where there is nothing to damage.
+fn damage(kind: usize, maps: &mut impl Dataplane, before: &Snapshot) -> Option<&'static str> {
+    let [frontends4, frontends6] = name::FRONTENDS;
+    let [backends4, backends6] = name::BACKENDS;
+    let frontend = |family| {
+        before
+            .frontends
+            .iter()
+            .find(|(at, _)| at.family() == family)
+    };
+    let bit = GuardBit::address(ip(Family::V4, 0, 1), FRONTEND, sizes().guard_words);
+    let port = GuardBit::Port {
+        protocol: Protocol::Udp,
+        port: 40_000,
+    };
+    match kind {
+        0 => {
+            maps.clear_guard(&[bit]).unwrap();
+            (maps.snapshot().unwrap().guard != before.guard).then_some(name::GUARD)
+        }
+        1 => {
+            let words = before.sizes.guard_words;
+            let stray = GuardBit::address(ip(Family::V6, 77, 77), FRONTEND, words);
+            maps.set_guard(&[stray]).unwrap();
+            (maps.snapshot().unwrap().guard != before.guard).then_some(name::GUARD)
+        }
+        2 => {
+            maps.set_guard(&[port]).unwrap();
+            Some(name::GUARD_PORT)
+        }
+        3 | 4 => {
+            let family = [Family::V4, Family::V6][kind - 3];
+            let (at, _) = frontend(family)?;
+            maps.delete_frontends(family, &[*at]).unwrap();
+            Some([frontends4, frontends6][kind - 3])
+        }
+        5 => {
+            let (at, value) = before.frontends.first()?;
+            let other = FrontendValue {
+                service: value.service ^ 5,
+                ..*value
+            };
+            maps.put_frontends(at.family(), &[(*at, other)]).unwrap();
+            Some([frontends4, frontends6][usize::from(at.family() == Family::V6)])
+        }
+        6 => {
+            let at = FrontendAt {
+                address: ip(Family::V4, 200, 1),
+                port: 81,
+                protocol: 6,
+            };
+            let value = FrontendValue {
+                service: 1,
+                kind: kind::CLUSTER_IP,
+            };
+            maps.put_frontends(Family::V4, &[(at, value)]).unwrap();
+            Some(frontends4)
+        }
+        7 => {
+            let (index, words) = before.services.first()?;
+            let value = words.options ^ u64::from(flag::INTERNAL_LOCAL);
+            maps.store_service(*index, ServiceWord::Options, value)
+                .unwrap();
+            Some(name::SERVICES)
+        }
+        8 => {
+            let index = before.sizes.services - 1;
+            maps.store_service(index, ServiceWord::Cluster, 1 << 16)
+                .unwrap();
+            Some(name::SERVICES)
+        }
+        9 => {
+            let used = before.services.iter().map(|(_, words)| words.cluster);
+            let range = used.into_iter().find(|range| range.length() > 0)?;
+            maps.put_slots(range.start(), &[201]).unwrap();
+            Some(name::SLOTS)
+        }
+        10 | 11 => {
+            let family = [Family::V4, Family::V6][kind - 10];
+            let serves = |(_, record): &&(u32, BackendRecord)| record.bits & GONE == 0;
+            let (id, record) = before.backends.of(family).iter().find(serves)?;
+            let mut other = *record;
+            other.address.set_ip(ip(family, 66, 6));
+            maps.put_backends(family, &[(*id, other)]).unwrap();
+            Some([backends4, backends6][kind - 10])
+        }
+        _ => {
+            let range = match before.source_ranges.first() {
+                Some(range) => {
+                    maps.delete_source_ranges(range.family(), &[*range])
+                        .unwrap();
+                    *range
+                }
+                None => {
+                    let net = IpNet::new(ip(Family::V6, 5, 5), 128).unwrap();
+                    let range = SourceRange { service: 3, net };
+                    maps.put_source_ranges(Family::V6, &[range]).unwrap();
+                    range
+                }
+            };
+            Some(name::SOURCE_RANGES[usize::from(range.family() == Family::V6)])
+        }
+    }
+}
+
+/// G13: whatever came before, an audit of maps that nobody touched finds nothing; what somebody else wrote to any map it
+/// finds, by the map's name, and repairs.
+#[test]
+fn what_somebody_else_wrote_is_found_and_repaired() {
+    let actions = proptest::collection::vec(any_action(), 4..20);
+    let strategy = (actions, any::<u64>(), select(vec![0, 100]));
+    let mut runner = TestRunner::new(Config {
+        failure_persistence: None,
+        ..Config::with_cases(48)
+    });
+    let met = std::cell::RefCell::new(BTreeSet::new());
+    runner
+        .run(&strategy, |(actions, seed, rate)| {
+            let mut world = World::new(kernel().unwrap(), seed, rate);
+            for action in &actions {
+                world.act(action);
+            }
+            world.act(&Action::Restart);
+            world.settle();
+            let before = world.snapshot();
+            let clean = world.planner.audit(&before).unwrap();
+            prop_assert_eq!(&clean.drifts, &[]);
+            for kind in 0..DAMAGES {
+                let Some(map) = damage(kind, &mut world.dataplane, &before) else {
+                    continue;
+                };
+                met.borrow_mut().insert(map);
+                let audit = world.planner.audit(&world.snapshot()).unwrap();
+                let maps: BTreeSet<&str> = audit.drifts.iter().map(|d| d.map.as_str()).collect();
+                prop_assert_eq!(maps, BTreeSet::from([map]), "damage {}", kind);
+                repair(&mut world.planner, &mut world.dataplane, audit).unwrap();
+                // What stands for nothing goes with the next sweep.
+                world.settle();
+                let after = world.snapshot();
+                prop_assert_eq!(world.planner.audit(&after).unwrap().drifts, vec![]);
+                prop_assert_eq!(&after.frontends, &before.frontends);
+                prop_assert_eq!(&after.services, &before.services);
+                prop_assert_eq!(&after.slots, &before.slots);
+                prop_assert_eq!(&after.backends, &before.backends);
+                prop_assert_eq!(&after.source_ranges, &before.source_ranges);
+                prop_assert!(after.guard == before.guard, "guard");
+                prop_assert!(after.guard_port == before.guard_port, "guard_port");
+            }
+            Ok(())
+        })
+        .unwrap();
+    let [frontends4, frontends6] = name::FRONTENDS;
+    let [backends4, backends6] = name::BACKENDS;
+    let written = [
+        name::GUARD,
+        name::GUARD_PORT,
+        frontends4,
+        frontends6,
+        name::SERVICES,
+        name::SLOTS,
+        backends4,
+        backends6,
+    ];
+    let met = met.into_inner();
+    assert!(written.iter().all(|map| met.contains(map)), "{met:?}");
+    assert!(
+        name::SOURCE_RANGES.iter().any(|map| met.contains(map)),
+        "{met:?}"
+    );
 }
 
 #[test]

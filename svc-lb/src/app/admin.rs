@@ -3,6 +3,7 @@
 //! ```text
 //! {"get":"status"}   -> {"status":{...}}
 //! {"get":"names"}    -> {"names":[[1,{"namespace":"default",...}], ...]}
+//! {"get":"verify","repair":false} -> {"drifts":[{"map":"slots",...}, ...]}
 //! anything else      -> {"error":"..."}
 //! ```
 
@@ -22,6 +23,7 @@ use tracing::{debug, warn};
 use super::status::Gatherer;
 use crate::compile::desired::PortKey;
 use crate::observe::status::Status;
+use crate::plan::Drift;
 
 /// The longest request.
 const MAX_REQUEST: u64 = 4_096;
@@ -48,6 +50,11 @@ pub enum Request {
     Status,
     /// [`Answer::Names`].
     Names,
+    /// [`Answer::Drifts`].
+    Verify {
+        /// Write again what differs.
+        repair: bool,
+    },
 }
 
 /// What is answered.
@@ -58,6 +65,8 @@ pub enum Answer {
     Status(Box<Status>),
     /// Which service port has which index.
     Names(Vec<(u32, PortKey)>),
+    /// What in the maps is not as it was written.
+    Drifts(Vec<Drift>),
     /// The request was not understood, or the agent is about to end.
     Error(String),
 }

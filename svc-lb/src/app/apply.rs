@@ -17,18 +17,20 @@ use crate::compile::desired::PortKey;
 use crate::dataplane::clock::Clock;
 use crate::dataplane::kernel::{Flows, Kernel};
 use crate::dataplane::pins::Pins;
-use crate::dataplane::{GuardBit, Timeouts, bits_in_use, loader, sys};
+use crate::dataplane::{Dataplane as _, GuardBit, Snapshot, Timeouts, bits_in_use, loader, sys};
 use crate::health::proxy::{Moment, ProxyHealth};
 use crate::health::services::Edit;
 use crate::model::{Batch, SourceId};
 use crate::node::Node;
 use crate::observe::status::{NodeStatus, ServicesStatus};
-use crate::plan::{Epoch, TableUse};
+use crate::plan::{Drift, Epoch, TableUse};
 
 /// Batches that are taken together when many are waiting.
 const BATCHES: usize = 256;
 /// How often flows are looked through for guard bits that nobody needs.
 const SWEEP: Duration = Duration::from_secs(30);
+/// How often the maps are compared with what was written to them.
+const AUDIT: Duration = Duration::from_secs(60);
 
 /// A question to the task.
 #[derive(Debug)]
@@ -37,6 +39,11 @@ pub(super) enum Question {
     Summary(oneshot::Sender<Summary>),
     /// Which service port has which index.
     Names(oneshot::Sender<BTreeMap<u32, PortKey>>),
+    /// What in the maps is not as it was written; written again, if asked.
+    Verify {
+        repair: bool,
+        sender: oneshot::Sender<Result<Vec<Drift>, String>>,
+    },
 }
 
 /// The task's part of the status.
@@ -88,6 +95,9 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
     let mut sweep_is_stale = false;
     let mut sweep_time = interval(SWEEP);
     sweep_time.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut audit: Option<JoinHandle<Option<Snapshot>>> = None;
+    let mut audit_time = interval(AUDIT);
+    audit_time.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // First of all: what is compiled depends on it.
     set_node(&mut reconciler, &mut node);
     loop {
@@ -123,7 +133,7 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
         tokio::select! {
             biased;
             () = cancel.cancelled() => return,
-            Some(question) = questions.recv() => answer(&reconciler, question),
+            Some(question) = questions.recv() => answer(&mut reconciler, question),
             count = batches.recv_many(&mut waiting, BATCHES), if sources_live => {
                 sources_live = count > 0;
                 // Who sent it said so too, but may have been overtaken by what was through before.
@@ -148,6 +158,16 @@ pub(super) async fn run(mut reconciler: Reconciler<Kernel>, inputs: Inputs, pins
                     let words = reconciler.sizes().guard_words;
                     let bits = reconciler.pending_clears().clone();
                     sweep = Some(start_sweep(&pins, words, bits, timeouts));
+                }
+            }
+            Some(seen) = finished(&mut audit) => {
+                if let Some(seen) = seen {
+                    reconciler.audit(&seen);
+                }
+            }
+            _ = audit_time.tick() => {
+                if audit.is_none() && reconciler.settled() {
+                    audit = Some(start_audit(&pins));
                 }
             }
             () = sleep_until(again.unwrap_or_else(Instant::now).into()), if again.is_some() => {}
@@ -185,7 +205,7 @@ async fn finished<T>(job: &mut Option<JoinHandle<T>>) -> Option<T> {
         .ok()
 }
 
-fn answer(reconciler: &Reconciler<Kernel>, question: Question) {
+fn answer(reconciler: &mut Reconciler<Kernel>, question: Question) {
     // Who no longer listens needs no answer.
     match question {
         Question::Summary(sender) => drop(sender.send(Summary {
@@ -196,7 +216,21 @@ fn answer(reconciler: &Reconciler<Kernel>, question: Question) {
             tables: reconciler.table_uses(),
         })),
         Question::Names(sender) => drop(sender.send(reconciler.names())),
+        Question::Verify { repair, sender } => drop(sender.send(reconciler.verify(repair))),
     }
+}
+
+/// Reads the maps, beside the task: large ones take a while.
+fn start_audit(pins: &Pins) -> JoinHandle<Option<Snapshot>> {
+    let pins = pins.clone();
+    tokio::task::spawn_blocking(move || {
+        let read = || -> Result<_, Box<dyn std::error::Error + Send + Sync>> {
+            Ok(Kernel::new(loader::open_maps(&pins)?)?.snapshot()?)
+        };
+        read()
+            .inspect_err(|error| warn!(%error, "maps not audited; tried again"))
+            .ok()
+    })
 }
 
 /// Looks through all flows, beside the task: a million of them take a while. Returns the bits

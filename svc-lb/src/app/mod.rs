@@ -338,10 +338,6 @@ async fn start(
             cancel.clone(),
         ),
     );
-    if let Bind::At(address) = settings.metrics {
-        let serve = tools::serve(address, settings.configz.clone());
-        tasks.spawn("tools", cancel.clone().run_until_cancelled_owned(serve));
-    }
     let (health_checks, health_report) = start_health(settings.healthz, &health, tasks);
     let gatherer = Gatherer {
         started: Instant::now(),
@@ -353,11 +349,19 @@ async fn start(
         health: health_report,
         timeouts: settings.timeouts,
         flows: start_flows(settings, tasks)?,
+        sync: reconciler.figures(),
     };
-    tasks.spawn(
-        "admin socket",
-        admin.run(Arc::new(gatherer), cancel.clone()),
-    );
+    let gatherer = Arc::new(gatherer);
+    if let Bind::At(address) = settings.metrics {
+        let known = Arc::clone(&gatherer);
+        let scrape = move || {
+            let known = Arc::clone(&known);
+            async move { known.metrics().await }
+        };
+        let serve = tools::serve(address, settings.configz.clone(), scrape);
+        tasks.spawn("tools", cancel.clone().run_until_cancelled_owned(serve));
+    }
+    tasks.spawn("admin socket", admin.run(gatherer, cancel.clone()));
     diagnostics(ebpf, &config, tasks)?;
     let endpoints = start_pods(settings, &node, tasks)?;
     let inputs = apply::Inputs {

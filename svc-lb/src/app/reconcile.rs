@@ -11,13 +11,14 @@ use tracing::{debug, info, warn};
 
 use crate::compile::desired::PortKey;
 use crate::compile::{CompileOptions, HealthCheck, Note, compile};
-use crate::dataplane::{self, Dataplane, GuardBit};
+use crate::dataplane::{self, Dataplane, GuardBit, Snapshot};
 use crate::health::ListenOn;
-use crate::model::{Batch, Change, Intake, Model, ObjectName, SourceId};
+use crate::model::{Batch, Change, Edit, Intake, Kind, Model, ObjectName, SourceId};
 use crate::node::ports::{self, NodePorts};
+use crate::observe::metrics::SyncFigures;
 use crate::observe::programming::Programming;
-use crate::observe::status::{NodeStatus, ServiceNotes, ServicesStatus};
-use crate::plan::{self, Epoch, Planner, TableUse};
+use crate::observe::status::{AuditStatus, NodeStatus, ServiceNotes, ServicesStatus};
+use crate::plan::{self, Drift, Epoch, Planner, TableUse};
 use crate::standalone::Standalone;
 
 /// Pause after the first failure to write; doubled with each further one.
@@ -67,6 +68,10 @@ pub struct Reconciler<D> {
     writes: u64,
     failures: u64,
     failing: Option<Failing>,
+    figures: SyncFigures,
+    audited: AuditStatus,
+    /// Time spent on what is not written yet.
+    spent: Duration,
 }
 
 /// What became of one Service.
@@ -122,6 +127,9 @@ impl<D: Dataplane> Reconciler<D> {
             writes: 0,
             failures: 0,
             failing: None,
+            figures: SyncFigures::default(),
+            audited: AuditStatus::default(),
+            spent: Duration::ZERO,
         })
     }
 
@@ -142,6 +150,7 @@ impl<D: Dataplane> Reconciler<D> {
             self.triggered.extend(triggered);
             edits.extend(self.intake.apply(batch));
         }
+        self.note_changes(&edits);
         if !self.intake.started() {
             return;
         }
@@ -158,6 +167,7 @@ impl<D: Dataplane> Reconciler<D> {
         for name in affected {
             self.compile(name);
         }
+        self.spent += begun.elapsed();
         if !self.listed {
             self.listed = true;
             self.listed_at = Some(begun);
@@ -224,7 +234,10 @@ impl<D: Dataplane> Reconciler<D> {
         {
             return Some(failing.until);
         }
-        match plan::apply(&mut self.planner, &mut self.dataplane) {
+        let begun = Instant::now();
+        let result = plan::apply(&mut self.planner, &mut self.dataplane);
+        self.spent += begun.elapsed();
+        match result {
             Ok(writes) => {
                 self.applied(writes, now);
                 self.measure();
@@ -245,6 +258,49 @@ impl<D: Dataplane> Reconciler<D> {
     /// How long changes took from the cluster to the maps.
     pub fn programming(&self) -> &Programming {
         &self.programming
+    }
+
+    /// Compares the maps, as somebody read them a moment ago, with what was written to them, and
+    /// repairs what differs. Nothing comes of it while something waits to be written.
+    pub fn audit(&mut self, seen: &Snapshot) {
+        let Some(audit) = self.planner.audit(seen) else {
+            return;
+        };
+        // What was written since then differs too: only a look while nobody writes is proof.
+        if audit.drifts.is_empty() {
+            self.audited.passes += 1;
+        } else if let Err(error) = self.verify(true) {
+            warn!(%error, "maps not audited; tried again");
+        }
+    }
+
+    /// Compares the maps with what was written to them, now. With `repair`, writes it again.
+    ///
+    /// # Errors
+    /// Why the maps cannot be compared or written.
+    pub fn verify(&mut self, repair: bool) -> Result<Vec<Drift>, String> {
+        let snapshot = self.dataplane.snapshot().map_err(|error| causes(&error))?;
+        let audit = self
+            .planner
+            .audit(&snapshot)
+            .ok_or("changes wait to be written; ask again when they are")?;
+        let drifts = audit.drifts.clone();
+        self.audited.passes += 1;
+        if !repair || drifts.is_empty() {
+            return Ok(drifts);
+        }
+        for drift in &drifts {
+            warn!(%drift, "a map is not as it was written; repaired");
+            *self.audited.repaired.entry(drift.map.clone()).or_default() += 1;
+        }
+        plan::repair(&mut self.planner, &mut self.dataplane, audit)
+            .map_err(|error| causes(&error))?;
+        Ok(drifts)
+    }
+
+    /// What is measured of it; clones share the figures.
+    pub fn figures(&self) -> SyncFigures {
+        self.figures.clone()
     }
 
     /// Everything that was taken in is programmed.
@@ -391,6 +447,7 @@ impl<D: Dataplane> Reconciler<D> {
             last_error: self.failing.as_ref().map(|failing| failing.error.clone()),
             damaged_at_start: (!self.planner.damage().is_none())
                 .then(|| format!("{:?}", self.planner.damage())),
+            audit: self.audited.clone(),
         }
     }
 
@@ -425,9 +482,33 @@ impl<D: Dataplane> Reconciler<D> {
         self.compiled.insert(name, outcome);
     }
 
+    fn note_changes(&self, edits: &[Edit]) {
+        let (mut services, mut endpoints) = (0, 0);
+        for edit in edits {
+            let kind = match edit {
+                Edit::Upsert(object) => object.key().kind,
+                Edit::Delete(key) => key.kind,
+            };
+            match kind {
+                Kind::Service => services += 1,
+                Kind::EndpointSlice | Kind::Endpoints => endpoints += 1,
+                Kind::Pod | Kind::Node => {}
+            }
+        }
+        if services + endpoints > 0 {
+            self.figures.queued(services, endpoints, SystemTime::now());
+        }
+    }
+
     fn applied(&mut self, writes: usize, now: Instant) {
         self.writes += writes as u64;
         self.programmed = true;
+        self.figures.written(
+            std::mem::take(&mut self.spent),
+            self.listed_at.is_some(),
+            self.triggered.iter().copied(),
+            SystemTime::now(),
+        );
         if let Some(listed) = self.listed_at.take() {
             let millis = listed.elapsed().as_millis();
             info!(writes, millis, "the first lists are programmed");

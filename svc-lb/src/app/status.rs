@@ -16,9 +16,10 @@ use super::edges;
 use crate::dataplane::collect::PassReport;
 use crate::dataplane::pins::Pins;
 use crate::dataplane::sys::map::map_info;
-use crate::dataplane::{Timeouts, loader};
+use crate::dataplane::{Timeouts, kernel, loader};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
 use crate::health::services::Report;
+use crate::observe::metrics::{self, Facts, SyncFigures};
 use crate::observe::status::{
     FlowsStatus, HealthStatus, LruStatus, MapStatus, ProgramStatus, SourceStatus, Status,
 };
@@ -42,6 +43,7 @@ pub(super) struct Gatherer {
     pub(super) flows: watch::Receiver<PassReport>,
     pub(super) edges: watch::Receiver<edges::Report>,
     pub(super) health: HealthReport,
+    pub(super) sync: SyncFigures,
 }
 
 /// What the health servers know.
@@ -84,8 +86,25 @@ impl Gatherer {
                 .ask(Question::Names)
                 .await
                 .map(|names| Answer::Names(names.into_iter().collect())),
+            Request::Verify { repair } => self
+                .ask(|sender| Question::Verify { repair, sender })
+                .await
+                .map(|found| found.map_or_else(Answer::Error, Answer::Drifts)),
         };
         answer.unwrap_or_else(|| Answer::Error("the agent is about to end".to_owned()))
+    }
+
+    /// What Prometheus scrapes; nothing while the agent ends.
+    pub(super) async fn metrics(&self) -> Option<String> {
+        let status = self.status().await?;
+        let pins = self.pins.clone();
+        let counters = tokio::task::spawn_blocking(move || counters(&pins)).await;
+        let facts = Facts {
+            status: &status,
+            counters: &counters.ok()?,
+            sync: &self.sync,
+        };
+        metrics::text(&facts).ok()
     }
 
     async fn ask<T>(&self, question: impl FnOnce(oneshot::Sender<T>) -> Question) -> Option<T> {
@@ -184,6 +203,15 @@ fn flow_status(timeouts: &Timeouts, passed: PassReport) -> FlowsStatus {
         passes: passed.passes,
         maps: maps.collect(),
     }
+}
+
+/// The programs' counters; none where they cannot be read.
+fn counters(pins: &Pins) -> Vec<u64> {
+    let read = || Ok::<_, Box<dyn std::error::Error>>(kernel::counters(loader::open_maps(pins)?)?);
+    read().unwrap_or_else(|error| {
+        warn!(%error, "counters not read for metrics");
+        Vec::new()
+    })
 }
 
 /// Entries, limits and memory of every map.

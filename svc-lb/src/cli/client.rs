@@ -27,6 +27,6 @@ pub(super) fn ask(socket: &Path, request: Request) -> Result<Option<Answer>> {
         .with_context(|| format!("the agent did not answer within {PATIENCE:?}"))?;
     match serde_json::from_str(&answer).context("the agent is of another version")? {
         Answer::Error(error) => bail!("the agent says: {error}"),
-        answer @ (Answer::Status(_) | Answer::Names(_)) => Ok(Some(answer)),
+        answer @ (Answer::Status(_) | Answer::Names(_) | Answer::Drifts(_)) => Ok(Some(answer)),
     }
 }

@@ -87,10 +87,12 @@ fn tables(kernel: &Kernel, global: &Global) -> Result<Tables> {
 }
 
 /// Names by service index, from a running agent; none without one.
-fn names(global: &Global) -> BTreeMap<u32, PortKey> {
+pub(super) fn names(global: &Global) -> BTreeMap<u32, PortKey> {
     match client::ask(&global.admin_socket, Request::Names) {
         Ok(Some(Answer::Names(names))) => names.into_iter().collect(),
-        Ok(None | Some(Answer::Status(_) | Answer::Error(_))) => BTreeMap::new(),
+        Ok(None | Some(Answer::Status(_) | Answer::Drifts(_) | Answer::Error(_))) => {
+            BTreeMap::new()
+        }
         Err(error) => {
             super::complain(&format!("services go without names: {error:#}"));
             BTreeMap::new()
@@ -99,7 +101,7 @@ fn names(global: &Global) -> BTreeMap<u32, PortKey> {
 }
 
 /// A service's name as `kubectl` would write it, or its index.
-fn service_name(index: u32, name: Option<&PortKey>) -> String {
+pub(super) fn service_name(index: u32, name: Option<&PortKey>) -> String {
     let Some(PortKey {
         namespace,
         service,

@@ -6,11 +6,13 @@ mod client;
 mod cluster;
 mod completions;
 mod config;
+mod conntrack;
 mod detach;
 mod dump;
 mod output;
 mod run;
 mod status;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -102,6 +104,8 @@ enum Command {
     Run(Box<run::Args>),
     Status(status::Args),
     Dump(dump::Args),
+    Conntrack(conntrack::Args),
+    Verify(verify::Args),
     Check(check::Args),
     Detach(detach::Args),
     Config(config::Args),
@@ -128,6 +132,8 @@ fn run(command: Command, global: &Global, settings: &Effective) -> Result<ExitCo
         Command::Run(args) => run::run(*args, global, settings),
         Command::Status(args) => status::run(&args, global),
         Command::Dump(args) => dump::run(&args, global),
+        Command::Conntrack(args) => conntrack::run(&args, global),
+        Command::Verify(args) => verify::run(&args, global),
         Command::Check(args) => check::run(&args, global),
         Command::Detach(args) => detach::run(&args, global),
         Command::Config(args) => config::run(&args, global, settings),

@@ -190,6 +190,7 @@ fn write_services(out: &mut String, services: &ServicesStatus, all: bool) -> Res
         failures,
         last_error,
         damaged_at_start,
+        audit,
     } = services;
     writeln!(
         out,
@@ -215,6 +216,12 @@ fn write_services(out: &mut String, services: &ServicesStatus, all: bool) -> Res
     }
     if let Some(damage) = damaged_at_start {
         writeln!(out, "repaired at start: {damage}")?;
+    }
+    for (map, count) in &audit.repaired {
+        writeln!(
+            out,
+            "repaired: {count} elements of {map} were not as they were written; the log names them"
+        )?;
     }
     for refusal in refusals.iter().chain(control_plane) {
         writeln!(out, "{refusal}")?;

@@ -121,6 +121,21 @@ impl MapSet {
 }
 
 /// Takes the counters.
+/// All counters of the pinned map, as [`Kernel::counters`] has them.
+pub fn counters(mut maps: MapSet) -> Result<Vec<u64>> {
+    read_counters(&take_counters(&mut maps)?)
+}
+
+fn read_counters(counters: &OwnedFd) -> Result<Vec<u64>> {
+    (0..COUNTERS)
+        .map(|index| {
+            map::per_cpu(counters.as_fd(), index)
+                .map(|values| values.into_iter().fold(0, u64::wrapping_add))
+                .map_err(|source| failed("read", name::COUNTERS, source))
+        })
+        .collect()
+}
+
 pub(super) fn take_counters(maps: &mut MapSet) -> Result<OwnedFd> {
     let shape = Shape::of::<u32, u64>(bpf_map_type::BPF_MAP_TYPE_PERCPU_ARRAY);
     let (counters, rows) = maps.take(name::COUNTERS, &shape)?;
@@ -190,6 +205,15 @@ impl Flows {
         self.v4.visit(visit)?;
         self.v6.visit(visit)
     }
+
+    /// Deletes one entry; an absent one is fine.
+    pub fn delete(&self, entry: &FlowEntry) -> Result<()> {
+        if entry.source.is_ipv4() {
+            self.v4.delete(entry)
+        } else {
+            self.v6.delete(entry)
+        }
+    }
 }
 
 impl<A: HostAddress> FamilyFlows<A>
@@ -216,6 +240,15 @@ where
                 .map_err(|source| failed("read", table.lru().name(self.family), source))?;
         }
         Ok(())
+    }
+
+    fn delete(&self, entry: &FlowEntry) -> Result<()> {
+        let map = self.tables.iter().find(|(table, _)| *table == entry.table);
+        let (Some((table, map)), Some(key)) = (map, entry.key()) else {
+            return Ok(());
+        };
+        map.delete(&key)
+            .map_err(|source| failed("delete from", table.lru().name(self.family), source))
     }
 }
 
@@ -350,13 +383,7 @@ impl Kernel {
     /// All counters, summed over the CPUs, by [`counter`](svc_lb_common::outcome::counter) and
     /// [`Event::index`](svc_lb_common::outcome::Event::index).
     pub fn counters(&self) -> Result<Vec<u64>> {
-        (0..COUNTERS)
-            .map(|index| {
-                map::per_cpu(self.counters.as_fd(), index)
-                    .map(|values| values.iter().fold(0, |sum: u64, n| sum.wrapping_add(*n)))
-                    .map_err(|source| failed("read", name::COUNTERS, source))
-            })
-            .collect()
+        read_counters(&self.counters)
     }
 
     fn guard_words<'a>(

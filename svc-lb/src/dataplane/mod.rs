@@ -561,6 +561,19 @@ impl FlowEntry {
         }
     }
 
+    /// The map's key; `None` for the other family.
+    #[must_use]
+    pub fn key<A: HostAddress>(&self) -> Option<FlowKey<A>> {
+        Some(FlowKey::new(
+            A::from_ip(self.source.ip())?,
+            A::from_ip(self.destination.ip())?,
+            Be16::new(self.source.port()),
+            Be16::new(self.destination.port()),
+            self.protocol,
+            self.direction,
+        ))
+    }
+
     /// Seconds since a packet last matched.
     #[must_use]
     pub const fn idle_seconds(&self, clock: FlowClock) -> u32 {

@@ -2,6 +2,8 @@
 
 pub mod finding;
 pub mod logging;
+pub mod metrics;
+pub mod outcomes;
 pub mod programming;
 pub mod status;
 pub mod tools;

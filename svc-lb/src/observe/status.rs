@@ -107,6 +107,17 @@ pub struct ServicesStatus {
     pub last_error: Option<String>,
     /// Entries of the maps that were found damaged at start and repaired.
     pub damaged_at_start: Option<String>,
+    /// What the auditor did.
+    pub audit: AuditStatus,
+}
+
+/// The auditor compares the maps with what was written to them, every minute.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct AuditStatus {
+    /// Comparisons since the start.
+    pub passes: u64,
+    /// Elements that differed and were written again, by map.
+    pub repaired: BTreeMap<String, u64>,
 }
 
 /// What load balancers and probes are told.

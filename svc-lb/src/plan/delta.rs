@@ -89,6 +89,11 @@ impl SlotSet {
         }
     }
 
+    /// The range that readers find, and what was written to it.
+    pub(super) fn published(&self) -> Option<(Range, &[u32])> {
+        Some((self.published?, &self.ids))
+    }
+
     /// Whether readers are known to find `ids`.
     pub(super) fn holds(&self, ids: &[u32]) -> bool {
         self.published.is_some() && *self.ids == *ids

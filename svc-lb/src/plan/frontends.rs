@@ -274,6 +274,15 @@ impl Frontends {
         self.dirty.iter().filter_map(difference).collect()
     }
 
+    /// What the maps should hold, by key.
+    pub(super) fn all_wanted(
+        &self,
+        index_of: impl Fn(&PortKey) -> Option<u32>,
+    ) -> impl Iterator<Item = (FrontendAt, FrontendValue)> {
+        let entries = self.entries.iter();
+        entries.filter_map(move |(at, entry)| Some((*at, self.wanted(at, entry, &index_of)?)))
+    }
+
     fn wanted(
         &self,
         at: &FrontendAt,

@@ -87,20 +87,38 @@ impl Guard {
 
     /// Finds the bits that are set and stand for nothing.
     pub(super) fn find_unheld(&mut self) {
-        let set = set_bits(&self.addresses).filter_map(|position| {
-            let nibble = u32::try_from(position / 4).ok()?;
-            let bit = 1 << (position % 4);
-            Some(GuardBit::Address { nibble, bit })
-        });
-        let ports = set_bits(&self.ports).filter_map(|position| {
-            let protocol = *PORT_TABLES.get(position >> 16)?;
-            let port = u16::try_from(position & 0xffff).ok()?;
-            Some(GuardBit::Port { protocol, port })
-        });
-        let unheld: Vec<_> = set
-            .chain(ports)
+        let unheld: Vec<_> = bits(&self.addresses, &self.ports)
             .filter(|bit| !self.counts.contains_key(bit))
             .collect();
+        self.to_clear.extend(unheld);
+    }
+
+    /// Counted bits that tables do not have, and bits that they have and that stand for nothing.
+    pub(super) fn differences(
+        &self,
+        addresses: &[u64],
+        ports: &[u64],
+    ) -> (Vec<GuardBit>, Vec<GuardBit>) {
+        let missing = |bit: &&GuardBit| {
+            let (word, mask) = bit.position();
+            let table = match bit {
+                GuardBit::Address { .. } => addresses,
+                GuardBit::Port { .. } => ports,
+            };
+            table.get(word as usize).is_none_or(|word| word & mask == 0)
+        };
+        let missing = self.counts.keys().filter(missing).copied().collect();
+        let strays = bits(addresses, ports)
+            .filter(|bit| !self.counts.contains_key(bit) && !self.to_clear.contains(bit))
+            .collect();
+        (missing, strays)
+    }
+
+    /// These bits stand for nothing: to be cleared when no flow needs them.
+    pub(super) fn clear_later(&mut self, bits: impl IntoIterator<Item = GuardBit>) {
+        let unheld = bits
+            .into_iter()
+            .filter(|bit| !self.counts.contains_key(bit));
         self.to_clear.extend(unheld);
     }
 
@@ -128,6 +146,21 @@ impl Guard {
             GuardBit::Port { .. } => &self.ports,
         }
     }
+}
+
+/// The bits that are set in both tables.
+fn bits(addresses: &[u64], ports: &[u64]) -> impl Iterator<Item = GuardBit> {
+    let addresses = set_bits(addresses).filter_map(|position| {
+        let nibble = u32::try_from(position / 4).ok()?;
+        let bit = 1 << (position % 4);
+        Some(GuardBit::Address { nibble, bit })
+    });
+    let ports = set_bits(ports).filter_map(|position| {
+        let protocol = *PORT_TABLES.get(position >> 16)?;
+        let port = u16::try_from(position & 0xffff).ok()?;
+        Some(GuardBit::Port { protocol, port })
+    });
+    addresses.chain(ports)
 }
 
 /// Positions of the bits that are set, counted over all words.

@@ -10,6 +10,7 @@
 //!
 //! The cost of a plan follows the change: a service that nothing was said about is not looked at.
 
+mod audit;
 mod delta;
 mod frontends;
 mod guard;
@@ -33,6 +34,7 @@ use serde::Serialize;
 use svc_lb_common::service::{Range, Service, kind};
 use svc_lb_common::{Family, Protocol, guard as guard_bits};
 
+pub use self::audit::{Audit, Drift, repair};
 pub use self::phases::{ApplyError, Batch, Op, Phase, Plan, Set, execute};
 pub use self::refusal::{Refusal, Table};
 pub use self::restore::Damage;

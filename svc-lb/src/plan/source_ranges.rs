@@ -96,6 +96,20 @@ impl SourceRanges {
         })
     }
 
+    /// What maps that hold `found`, sorted, lack, and what they should not hold.
+    pub(super) fn compare(&self, found: &[SourceRange]) -> (Vec<SourceRange>, Vec<SourceRange>) {
+        let wanted = self.entries.iter().filter(|(_, entry)| entry.wanted);
+        let missing = wanted
+            .map(|(range, _)| *range)
+            .filter(|range| found.binary_search(range).is_err());
+        let wanted = |range: &&SourceRange| {
+            let entry = self.entries.get(range);
+            entry.is_some_and(|entry| entry.wanted)
+        };
+        let extra = found.iter().filter(|range| !wanted(range));
+        (missing.collect(), extra.copied().collect())
+    }
+
     /// A key was written: it is there or not.
     pub(super) fn was_written(&mut self, range: SourceRange, present: bool) {
         self.entry(range).programmed = if present {

@@ -1,5 +1,6 @@
 //! What load balancers and probes are told, asked for from outside.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -7,6 +8,7 @@ use anyhow::{Result, ensure};
 use aya::maps::{HashMap, Map, MapData};
 use serde_json::json;
 use svc_lb::dataplane::pins::Pins;
+use svc_lb::observe::metrics::METRICS;
 use svc_lb_common::limits::name;
 use svc_lb_common::service::{Frontend, FrontendKey, kind};
 use svc_lb_common::{Addr4, Be16};
@@ -114,6 +116,56 @@ fn load_balancers_learn_where_endpoints_are() {
         )),
         "{status}"
     );
+}
+
+/// H4: a scrape shows every metric that is declared and no other, and packets count in it.
+#[test]
+fn prometheus_scrapes_all_that_is_documented() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder().routed("r1").routed("r2").build().unwrap();
+    let _servers = serve_all(&lab);
+    let (_manifests, agent) = start(&lab, &[web().pods([lab.pod("r1")])]);
+    let node = Client::of(lab.node_a());
+    let scrape = || node.curl_ok(&["http://127.0.0.1:10249/metrics"]).unwrap();
+    let value = |text: &str, series: &str| -> f64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(series));
+        let value = line.unwrap_or_else(|| panic!("{series} is missing: {text}"));
+        value.trim().parse().unwrap()
+    };
+    let opened = r#"svc_lb_packets_total{hook="tc_ingress",outcome="open",fate="pass"}"#;
+    let before = value(&scrape(), opened);
+    each_family(|family| {
+        let to = cluster_ip(80).socket(family, SERVICE_HTTP);
+        Client::of(lab.pod("r2").ns())
+            .curl_ok(&[&format!("http://{to}/")])
+            .map(drop)
+    });
+    let text = scrape();
+    assert!(value(&text, opened) >= before + 2.0, "{text}");
+    for (series, expected) in [
+        ("svc_lb_ready", 1.0),
+        ("svc_lb_services{state=\"programmed\"}", 1.0),
+        ("svc_lb_sync_failures_total", 0.0),
+        (
+            "kubeproxy_sync_full_proxy_rules_duration_seconds_count",
+            1.0,
+        ),
+        ("kubeproxy_sync_proxy_rules_service_changes_pending", 0.0),
+    ] {
+        assert!(
+            (value(&text, series) - expected).abs() < 0.5,
+            "{series}: {text}"
+        );
+    }
+    let typed: BTreeSet<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next())
+        .collect();
+    let declared: BTreeSet<&str> = METRICS.iter().map(|metric| metric.name).collect();
+    assert_eq!(typed, declared);
+    drop(agent);
 }
 
 /// D3, trap 10 and the end-to-end case "should fail health check node port if there are only terminating endpoints":
