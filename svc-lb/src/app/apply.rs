@@ -30,7 +30,7 @@ const BATCHES: usize = 256;
 /// How often flows are looked through for guard bits that nobody needs.
 const SWEEP: Duration = Duration::from_secs(30);
 /// How often the maps are compared with what was written to them.
-const AUDIT: Duration = Duration::from_secs(60);
+const AUDIT: Duration = Duration::from_mins(1);
 
 /// A question to the task.
 #[derive(Debug)]

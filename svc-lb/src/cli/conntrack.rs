@@ -282,7 +282,7 @@ impl Filter {
         names: &BTreeMap<u32, PortKey>,
     ) -> bool {
         let end = |wanted: Option<End>, at| wanted.is_none_or(|wanted| wanted.is(at));
-        let named = |wanted: &String| {
+        let is_service = |wanted: &String| {
             let index = wanted.parse() == Ok(entry.service);
             let name = names.get(&entry.service);
             index || name.is_some_and(|key| format!("{}/{}", key.namespace, key.service) == *wanted)
@@ -292,7 +292,7 @@ impl Filter {
             && end(self.client, identity.client)
             && end(self.frontend, identity.frontend)
             && end(self.backend, identity.backend)
-            && self.service.as_ref().is_none_or(named)
+            && self.service.as_ref().is_none_or(is_service)
     }
 }
 

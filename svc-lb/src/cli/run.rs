@@ -325,7 +325,7 @@ struct HealthArgs {
         default_value = "0.0.0.0:10256"
     )]
     healthz_bind_address: Bind,
-    /// Where /proxyMode, /configz and the like answer, for this node's own tools: ADDRESS:PORT, or off
+    /// Where /metrics, /proxyMode and /configz answer, for this node's own tools: ADDRESS:PORT, or off
     #[arg(
         long,
         value_name = "ADDRESS:PORT",

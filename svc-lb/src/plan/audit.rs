@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Display};
 
 use serde::{Deserialize, Serialize};
-use svc_lb_common::Protocol;
 use svc_lb_common::backend::GONE;
 use svc_lb_common::limits::name;
 use svc_lb_common::service::{Range, Service};
+use svc_lb_common::{Family, Protocol};
 
 use super::delta::Element;
 use super::phases::{Draft, Op, Phase, Plan, Set, execute, gone};
@@ -21,6 +21,20 @@ use crate::dataplane::{
     BackendRecord, Dataplane, FAMILIES, FrontendAt, FrontendValue, GuardBit, Result, ServiceWord,
     Snapshot, SourceRange,
 };
+
+/// The maps that are compared.
+pub const AUDITED: [&str; 10] = [
+    name::GUARD,
+    name::GUARD_PORT,
+    Table::Backends(Family::V4).name(),
+    Table::Backends(Family::V6).name(),
+    Table::Slots.name(),
+    Table::SourceRanges(Family::V4).name(),
+    Table::SourceRanges(Family::V6).name(),
+    Table::Services.name(),
+    Table::Frontends(Family::V4).name(),
+    Table::Frontends(Family::V6).name(),
+];
 
 /// One element that is not as it was written.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]

@@ -34,7 +34,7 @@ use serde::Serialize;
 use svc_lb_common::service::{Range, Service, kind};
 use svc_lb_common::{Family, Protocol, guard as guard_bits};
 
-pub use self::audit::{Audit, Drift, repair};
+pub use self::audit::{AUDITED, Audit, Drift, repair};
 pub use self::phases::{ApplyError, Batch, Op, Phase, Plan, Set, execute};
 pub use self::refusal::{Refusal, Table};
 pub use self::restore::Damage;

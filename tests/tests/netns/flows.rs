@@ -1,13 +1,18 @@
 //! Flows that live through floods, and flows that end.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use aya::maps::{HashMap, Map, MapData};
 use serde_json::Value;
 use socket2::{Domain, Protocol, Socket, Type};
+use svc_lb::dataplane::pins::Pins;
+use svc_lb_common::limits::name;
+use svc_lb_common::service::{Frontend, FrontendKey};
+use svc_lb_common::{Addr4, Be16};
 use svc_lb_tests::lab::addresses::NODE_A;
 use svc_lb_tests::lab::agent::AgentProcess;
 use svc_lb_tests::lab::client::{Client, Echo};
@@ -16,8 +21,8 @@ use svc_lb_tests::prog::Frame;
 use svc_lb_tests::prog::frame::flags::{ACK, SYN};
 
 use crate::cluster::{
-    BRIEF, CLUSTER_IP, NODE_ECHO, NODE_PORT, NODE_UDP, everywhere, lab, serve, serve_all, settles,
-    start_with,
+    BRIEF, CLUSTER_IP, NODE_ECHO, NODE_PORT, NODE_UDP, SERVICE_ECHO, everywhere, lab, serve,
+    serve_all, settles, start_with,
 };
 
 /// Forged sources of each kind of flood: many times what the maps hold.
@@ -51,6 +56,99 @@ impl Forger {
             self.socket.send_to(packet, &to.into()).unwrap();
         }
     }
+}
+
+/// `conntrack list` shows each flow once, by what is asked, with an agent and without; `flush` takes both its entries, and
+/// those of no other flow.
+#[test]
+fn flows_are_listed_and_flushed_by_filters() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder().routed("r1").routed("r2").build().unwrap();
+    let _servers = serve_all(&lab);
+    let (_manifests, mut agent) =
+        start_with(&lab, &[everywhere("web").pods([lab.pod("r1")])], |config| {
+            config
+        });
+    let client = Client::of(lab.pod("r2").ns());
+    let to = CLUSTER_IP.addr.socket(Family::V4, SERVICE_ECHO);
+    let to6 = CLUSTER_IP.addr.socket(Family::V6, SERVICE_ECHO);
+    let mut echo = client.echo(to).unwrap();
+    let mut other = client.echo(to6).unwrap();
+    let list = |agent: &AgentProcess, filter: &[&str]| -> Vec<Value> {
+        let args = [&["conntrack", "list", "-o", "json"], filter].concat();
+        serde_json::from_str(&agent.ask(&args).unwrap()).unwrap()
+    };
+    let frontend = to.to_string();
+    let found = list(&agent, &["--frontend", &frontend, "--protocol", "tcp"]);
+    let [flow] = &found[..] else {
+        panic!("{found:?}");
+    };
+    assert_eq!(flow["entries"], 2);
+    assert_eq!(flow["state"], "tcp-established");
+    assert_eq!(flow["name"]["service"], "web");
+    assert_eq!(list(&agent, &["--service", "default/web"]).len(), 2);
+    assert_eq!(list(&agent, &["--service", "default/none"]).len(), 0);
+    agent.kill().unwrap();
+    assert_eq!(list(&agent, &["--client", "0.0.0.0/0"]).len(), 1);
+    assert!(!agent.cli(&["conntrack", "flush"]).unwrap().status.success());
+    let said = agent
+        .ask(&["conntrack", "flush", "--frontend", &frontend])
+        .unwrap();
+    assert!(said.contains("1 flows ended"), "{said}");
+    assert_eq!(list(&agent, &["--frontend", &frontend]).len(), 0);
+    let rest = list(&agent, &[]);
+    assert_eq!(rest.len(), 1, "{rest:?}");
+    assert_eq!(rest[0]["entries"], 2);
+    other.ping("the other flow goes on").unwrap();
+    // A packet of a connection opens its flow again.
+    echo.ping("so does this one, to the only backend").unwrap();
+}
+
+/// G13: what somebody else deletes from a map, `verify` names and repairs.
+#[test]
+fn verify_names_and_repairs_what_somebody_deleted() {
+    if !privileged() {
+        return;
+    }
+    let lab = Lab::builder().routed("r1").routed("r2").build().unwrap();
+    let _servers = serve_all(&lab);
+    let (_manifests, agent) =
+        start_with(&lab, &[everywhere("web").pods([lab.pod("r1")])], |config| {
+            config
+        });
+    let verify = |args: &[&str]| {
+        let output = agent.cli(&[&["verify"], args].concat()).unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        (output.status.code().unwrap(), text)
+    };
+    assert_eq!(
+        verify(&[]),
+        (0, "the maps are as they were written\n".to_owned())
+    );
+    let to = CLUSTER_IP.addr.socket(Family::V4, SERVICE_ECHO);
+    let IpAddr::V4(address) = to.ip() else {
+        unreachable!("an IPv4 address");
+    };
+    let [frontends4, _] = name::FRONTENDS;
+    let pin = Pins::new(agent.pin_dir()).map(frontends4);
+    let map = Map::HashMap(MapData::from_pin(pin).unwrap());
+    let mut map: HashMap<_, FrontendKey<Addr4>, Frontend> = map.try_into().unwrap();
+    let key = FrontendKey::new(Addr4::from(address), Be16::new(to.port()), 6);
+    map.remove(&key).unwrap();
+    let (code, text) = verify(&["--repair"]);
+    assert!(
+        code == 3 && text.contains(frontends4) && text.contains(&format!("TCP {to}")),
+        "{code}: {text}"
+    );
+    assert_eq!(verify(&[]).0, 0);
+    Client::of(lab.pod("r2").ns()).echo(to).unwrap();
+    let status = agent.ask(&["status"]).unwrap();
+    assert!(
+        status.contains("repaired: 1 elements of frontends4"),
+        "{status}"
+    );
 }
 
 /// G5, D4: a thousand real connections, from pods and from outside, and some UDP streams rest while forged sources flood the

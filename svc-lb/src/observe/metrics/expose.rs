@@ -12,6 +12,7 @@ use svc_lb_common::outcome::{Event, Fate, Hook, Outcome, counter};
 
 use super::{Metric, SyncFigures};
 use crate::observe::status::{MapStatus, Status};
+use crate::plan::AUDITED;
 
 /// What a scrape shows.
 #[derive(Debug)]
@@ -114,12 +115,12 @@ impl Scrape {
             &super::MAP_BYTES,
             maps().filter_map(|map| Some(of(map, float(map.bytes?)))),
         );
-        let evicting = || status.flows.maps.iter();
+        let flow_maps = || status.flows.maps.iter();
         self.counters(
             &super::MAP_EVICTIONS,
-            evicting().map(|map| ([map.name.clone()], map.evicted)),
+            flow_maps().map(|map| ([map.name.clone()], map.evicted)),
         );
-        let collected = evicting().flat_map(|map| {
+        let collected = flow_maps().flat_map(|map| {
             let states = map.collected.iter();
             states.map(|(state, count)| ([map.name.clone(), state.clone()], *count))
         });
@@ -146,7 +147,10 @@ impl Scrape {
         self.counters(&super::AUDITS, [([], audit.passes)]);
         self.counters(
             &super::REPAIRED,
-            audit.repaired.iter().map(|(map, n)| ([map.clone()], *n)),
+            AUDITED.map(|map| {
+                let repaired = audit.repaired.get(map).copied().unwrap_or(0);
+                ([map.to_owned()], repaired)
+            }),
         );
         self.gauges(&super::PENDING, one(services.pending.into()));
         self.gauges(&super::READY, one(status.ready.into()));
