@@ -40,6 +40,13 @@ pub const fn meta(port: Be16, generation: u16, bits: u32) -> u64 {
     port.0 as u64 | (generation as u64) << 16 | (bits as u64) << 32
 }
 
+/// The generation in a [`Backend::meta`].
+#[must_use]
+#[inline(always)]
+pub const fn generation_of(meta: u64) -> u16 {
+    (meta >> 16) as u16
+}
+
 impl<A: Address> Backend<A> {
     /// A backend.
     #[must_use]
@@ -64,7 +71,7 @@ impl<A: Address> Backend<A> {
     #[must_use]
     #[inline(always)]
     pub const fn generation(&self) -> u16 {
-        (self.meta >> 16) as u16
+        generation_of(self.meta)
     }
 
     /// Its bits.

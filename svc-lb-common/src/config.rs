@@ -7,7 +7,7 @@ use crate::{Addr4, Addr6};
 record! {
     /// The programs' settings. Changing one means loading the programs again and replacing the
     /// attached ones through their links; maps and flows stay.
-    pub struct Config = 240 {
+    pub struct Config = 248 {
         /// The node's secret: mixed into selection, port search and nothing that leaves the node.
         pub seed: u64,
         /// IPv4 service CIDR: network address.
@@ -45,6 +45,9 @@ record! {
         ///
         /// [`MAGLEV`]: crate::service::flag::MAGLEV
         pub maglev_seed: u64,
+        /// Cookie of the node's own network namespace: what socket hooks meet there is the node's, all
+        /// else in their cgroup is a pod's.
+        pub netns: u64,
     }
 }
 
@@ -70,6 +73,14 @@ pub const SNAT_ALWAYS: u32 = 1 << 5;
 pub const MASQUERADE_ALL: u32 = 1 << 7;
 /// Answer packets of TCP connections whose backend, a pod of this node, has vanished with a RST.
 pub const RESET_VANISHED: u32 = 1 << 8;
+/// Socket hooks give TCP sockets of pods their backends; else those of the node alone.
+pub const SOCKETS_OF_PODS: u32 = 1 << 9;
+/// The kernel has bpf_set_retval (5.18): a socket hook can say ECONNREFUSED.
+pub const SET_RETVAL: u32 = 1 << 10;
+/// The node's own sockets reach NodePorts at 127.0.0.0/8.
+pub const LOOPBACK_NODE_PORTS4: u32 = 1 << 11;
+/// The node's own sockets reach NodePorts at ::1.
+pub const LOOPBACK_NODE_PORTS6: u32 = 1 << 12;
 
 impl Config {
     /// The settings of a node that was told nothing.
@@ -91,5 +102,6 @@ impl Config {
         generate_rate: 1_000,
         generate_burst: 1_000,
         maglev_seed: 0,
+        netns: 0,
     };
 }

@@ -28,6 +28,7 @@ pub mod limits;
 pub mod link;
 pub mod outcome;
 pub mod service;
+pub mod socket;
 pub mod source_range;
 
 #[cfg(feature = "user")]

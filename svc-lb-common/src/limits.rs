@@ -29,6 +29,9 @@ pub const STREAMS: u32 = 131_072;
 pub const AFFINITY: u32 = 65_536;
 /// `fragments4`, `fragments6`: datagrams whose fragments may still come.
 pub const FRAGMENTS: u32 = 32_768;
+/// `sockets4`, `sockets6`: entries; a TCP connection or connected UDP socket has one, other UDP sockets two
+/// for each frontend they send to.
+pub const SOCKETS: u32 = 65_536;
 /// `source_ranges4`, `source_ranges6`: ranges times service ports that have them.
 pub const SOURCE_RANGES: u32 = 65_536;
 /// `edges`: interfaces.
@@ -68,6 +71,10 @@ pub mod name {
     pub const FRAGMENTS: [&str; 2] = ["fragments4", "fragments6"];
     /// Whom services admit at load balancer addresses, by family.
     pub const SOURCE_RANGES: [&str; 2] = ["source_ranges4", "source_ranges6"];
+    /// Which backend stands for which frontend to a socket, by family.
+    pub const SOCKETS: [&str; 2] = ["sockets4", "sockets6"];
+    /// Sockets that were given a backend, by its id.
+    pub const SOCKET_HITS: [&str; 2] = ["socket_hits4", "socket_hits6"];
     /// Edges by interface index.
     pub const EDGES: &str = "edges";
     /// What leaves through an interface, by its index.
@@ -80,7 +87,7 @@ pub mod name {
     pub const BUCKET: &str = "bucket";
 
     /// Every map that outlives the agent, in pin order.
-    pub const PINNED: [&str; 29] = [
+    pub const PINNED: [&str; 33] = [
         GUARD,
         GUARD_PORT,
         GUARD_DIRECT,
@@ -102,6 +109,10 @@ pub mod name {
         FRAGMENTS[1],
         SOURCE_RANGES[0],
         SOURCE_RANGES[1],
+        SOCKETS[0],
+        SOCKETS[1],
+        SOCKET_HITS[0],
+        SOCKET_HITS[1],
         EDGES,
         LINKS,
         VANISHED[0],

@@ -189,6 +189,17 @@ pub enum Event {
     Clash = 4,
     /// A flow's entry was made again: it had been evicted, its counterpart had not.
     Mended = 5,
+    /// A socket was given a backend: what it sends meets no program that translates.
+    SocketTranslated = 6,
+    /// A socket was refused: nothing serves where it wants to go.
+    SocketRefused = 7,
+    /// A socket was left to the packet path, which alone knows the client's address (affinity, source
+    /// ranges) or stays silent.
+    SocketLeft = 8,
+    /// A UDP socket's datagrams moved because their backend no longer serves (SEMANTICS G1).
+    SocketMoved = 9,
+    /// A socket was left to the packet path because there was no memory to remember it.
+    SocketForgotten = 10,
 }
 
 impl Event {
@@ -200,6 +211,11 @@ impl Event {
         Self::CheckMismatch,
         Self::Clash,
         Self::Mended,
+        Self::SocketTranslated,
+        Self::SocketRefused,
+        Self::SocketLeft,
+        Self::SocketMoved,
+        Self::SocketForgotten,
     ];
 
     /// The metric's name.
@@ -212,6 +228,11 @@ impl Event {
             Self::CheckMismatch => "check_mismatch",
             Self::Clash => "clash",
             Self::Mended => "mended",
+            Self::SocketTranslated => "socket_translated",
+            Self::SocketRefused => "socket_refused",
+            Self::SocketLeft => "socket_left",
+            Self::SocketMoved => "socket_moved",
+            Self::SocketForgotten => "socket_forgotten",
         }
     }
 

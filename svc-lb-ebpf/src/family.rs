@@ -4,14 +4,16 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap};
 use network_types::ip::{Ipv4Hdr, Ipv6Hdr};
 use svc_lb_common::affinity::{Affinity, AffinityKey};
 use svc_lb_common::backend::Backend;
+use svc_lb_common::config::{LOOPBACK_NODE_PORTS4, LOOPBACK_NODE_PORTS6};
 use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::fragment::{FirstFragment, FragmentKey};
 use svc_lb_common::link::Link;
 use svc_lb_common::service::{Frontend, FrontendKey};
+use svc_lb_common::socket::{SocketEntry, SocketKey};
 use svc_lb_common::source_range::Source;
 use svc_lb_common::{Addr4, Addr6, Address};
 
-use crate::config::config;
+use crate::config::{config, enabled};
 use crate::maps;
 use crate::met::Met;
 use crate::open;
@@ -72,6 +74,12 @@ pub(crate) trait Family: sealed::Sealed + Sized {
     fn source_ranges() -> &'static LpmTrie<Source<Self::Addr>, u32>;
     /// `open::tuple_is_free`, verified once.
     fn tuple_is_free() -> bool;
+    /// What sockets were given in place of what they asked for.
+    fn sockets() -> &'static LruHashMap<SocketKey<Self::Addr>, SocketEntry<Self::Addr>>;
+    /// How many sockets each backend was given.
+    fn socket_hits() -> &'static Array<u64>;
+    /// Whether the address is the loopback's, and the node's own sockets reach NodePorts there.
+    fn has_loopback_node_ports(address: Self::Addr) -> bool;
 }
 
 /// IPv4.
@@ -179,6 +187,21 @@ impl Family for V4 {
     fn tuple_is_free() -> bool {
         open::tuple_is_free4() != 0
     }
+
+    #[inline(always)]
+    fn sockets() -> &'static LruHashMap<SocketKey<Addr4>, SocketEntry<Addr4>> {
+        &maps::SOCKETS4
+    }
+
+    #[inline(always)]
+    fn socket_hits() -> &'static Array<u64> {
+        &maps::SOCKET_HITS4
+    }
+
+    #[inline(always)]
+    fn has_loopback_node_ports(address: Addr4) -> bool {
+        enabled(LOOPBACK_NODE_PORTS4) && u32::from_be(address.0) >> 24 == 127
+    }
 }
 
 impl Family for V6 {
@@ -280,6 +303,22 @@ impl Family for V6 {
     #[inline(always)]
     fn tuple_is_free() -> bool {
         open::tuple_is_free6() != 0
+    }
+
+    #[inline(always)]
+    fn sockets() -> &'static LruHashMap<SocketKey<Addr6>, SocketEntry<Addr6>> {
+        &maps::SOCKETS6
+    }
+
+    #[inline(always)]
+    fn socket_hits() -> &'static Array<u64> {
+        &maps::SOCKET_HITS6
+    }
+
+    #[inline(always)]
+    fn has_loopback_node_ports(address: Addr6) -> bool {
+        let [a, b, c, last] = address.0;
+        enabled(LOOPBACK_NODE_PORTS6) && [a, b, c, u32::from_be(last)] == [0, 0, 0, 1]
     }
 }
 

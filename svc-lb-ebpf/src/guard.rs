@@ -51,10 +51,16 @@ fn hints<A: Address>(address: A) -> u8 {
 /// A packet that comes in at an edge.
 #[inline(always)]
 pub(crate) fn inbound<F: Family>(ip: &Ip<F>) -> Step<Concern> {
-    if F::in_service_net(ip.destination) {
+    destination::<F>(ip.destination)
+}
+
+/// Where a client wants to go: may it concern us?
+#[inline(always)]
+pub(crate) fn destination<F: Family>(address: F::Addr) -> Step<Concern> {
+    if F::in_service_net(address) {
         return Ok(Concern { bits: FRONTEND });
     }
-    match hints(ip.destination) {
+    match hints(address) {
         0 => Err(Outcome::NotOurs),
         bits => Ok(Concern { bits }),
     }

@@ -35,13 +35,15 @@ mod reset;
 mod rewrite;
 mod select;
 mod service;
+mod sock;
 mod stats;
 
-use aya_ebpf::macros::{classifier, xdp};
-use aya_ebpf::programs::{TcContext, XdpContext};
+use aya_ebpf::macros::{cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{SockAddrContext, TcContext, XdpContext};
 use svc_lb_common::outcome::Hook;
 
 use crate::packet::{SkbPacket, XdpPacket};
+use crate::sock::{Call, Name4, over6};
 
 /// XDP on an uplink: packets from the network.
 #[xdp]
@@ -62,6 +64,54 @@ pub(crate) fn tc_ingress(ctx: TcContext) -> i32 {
 pub(crate) fn tc_egress(ctx: TcContext) -> i32 {
     let packet = SkbPacket::new(&ctx, Hook::TcEgress);
     outcome::tc(&packet, pipeline::egress(&packet))
+}
+
+/// connect(2) over IPv4: a frontend becomes a backend.
+#[cgroup_sock_addr(connect4)]
+pub(crate) fn sock_connect4(ctx: SockAddrContext) -> i32 {
+    sock::connect::<Name4>(&Call::new(&ctx))
+}
+
+/// connect(2) over IPv6.
+#[cgroup_sock_addr(connect6)]
+pub(crate) fn sock_connect6(ctx: SockAddrContext) -> i32 {
+    over6!(connect, Call::new(&ctx))
+}
+
+/// sendmsg(2) of datagrams with an address, over IPv4.
+#[cgroup_sock_addr(sendmsg4)]
+pub(crate) fn sock_sendmsg4(ctx: SockAddrContext) -> i32 {
+    sock::sendmsg::<Name4>(&Call::new(&ctx))
+}
+
+/// sendmsg(2) over IPv6.
+#[cgroup_sock_addr(sendmsg6)]
+pub(crate) fn sock_sendmsg6(ctx: SockAddrContext) -> i32 {
+    over6!(sendmsg, Call::new(&ctx))
+}
+
+/// recvmsg(2) of datagrams, over IPv4: a backend's address becomes the frontend's.
+#[cgroup_sock_addr(recvmsg4)]
+pub(crate) fn sock_recvmsg4(ctx: SockAddrContext) -> i32 {
+    sock::recvmsg::<Name4>(&Call::new(&ctx))
+}
+
+/// recvmsg(2) over IPv6.
+#[cgroup_sock_addr(recvmsg6)]
+pub(crate) fn sock_recvmsg6(ctx: SockAddrContext) -> i32 {
+    over6!(recvmsg, Call::new(&ctx))
+}
+
+/// getpeername(2) over IPv4.
+#[cgroup_sock_addr(getpeername4)]
+pub(crate) fn sock_getpeer4(ctx: SockAddrContext) -> i32 {
+    sock::tell::<Name4>(&Call::new(&ctx))
+}
+
+/// getpeername(2) over IPv6.
+#[cgroup_sock_addr(getpeername6)]
+pub(crate) fn sock_getpeer6(ctx: SockAddrContext) -> i32 {
+    over6!(tell, Call::new(&ctx))
 }
 
 /// The loader and helpers such as `bpf_l4_csum_replace` demand a GPL-compatible licence.

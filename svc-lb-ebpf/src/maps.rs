@@ -15,6 +15,8 @@
 //! | affinity4/6 | LRU hash | client, service -> backend, time | as above | evicts |
 //! | fragments4/6 | LRU hash | id, addresses, protocol -> ports, time | programs, agent deletes | evicts |
 //! | source_ranges4/6 | LPM trie | service, prefix of client -> admitted | agent | object refused |
+//! | sockets4/6 | LRU hash | socket, address -> address it stands for | programs | evicts |
+//! | socket_hits4/6 | array, mmapped | backend id -> sockets given it | programs, agent clears | - |
 //! | edges | hash | interface index -> kind, bridge, MAC | agent | interface refused |
 //! | links | hash | interface index -> source addresses, XDP | agent | no translated source there |
 //! | vanished4/6 | hash | address of a pod of this node that is gone -> when | agent | the one longest gone leaves |
@@ -37,6 +39,7 @@ use svc_lb_common::limits;
 use svc_lb_common::link::Link;
 use svc_lb_common::outcome;
 use svc_lb_common::service::{Frontend, FrontendKey, Service};
+use svc_lb_common::socket::{SocketEntry, SocketKey};
 use svc_lb_common::source_range::Source;
 use svc_lb_common::{Addr4, Addr6};
 
@@ -102,6 +105,18 @@ pub(crate) static SOURCE_RANGES4: LpmTrie<Source<Addr4>, u32> =
 #[map(name = "source_ranges6")]
 pub(crate) static SOURCE_RANGES6: LpmTrie<Source<Addr6>, u32> =
     LpmTrie::with_max_entries(limits::SOURCE_RANGES, 0);
+#[map(name = "sockets4")]
+pub(crate) static SOCKETS4: LruHashMap<SocketKey<Addr4>, SocketEntry<Addr4>> =
+    LruHashMap::with_max_entries(limits::SOCKETS, 0);
+#[map(name = "sockets6")]
+pub(crate) static SOCKETS6: LruHashMap<SocketKey<Addr6>, SocketEntry<Addr6>> =
+    LruHashMap::with_max_entries(limits::SOCKETS, 0);
+#[map(name = "socket_hits4")]
+pub(crate) static SOCKET_HITS4: Array<u64> =
+    Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
+#[map(name = "socket_hits6")]
+pub(crate) static SOCKET_HITS6: Array<u64> =
+    Array::with_max_entries(limits::BACKENDS, BPF_F_MMAPABLE);
 #[map(name = "edges")]
 pub(crate) static EDGES: HashMap<u32, Edge> = HashMap::with_max_entries(limits::EDGES, 0);
 #[map(name = "links")]

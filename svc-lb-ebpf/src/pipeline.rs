@@ -5,7 +5,7 @@
 
 use svc_lb_common::Address as _;
 use svc_lb_common::backend::LOCAL;
-use svc_lb_common::config::{MASQUERADE_ALL, REJECT_NO_LOCAL, RESET_VANISHED, SNAT_ALWAYS};
+use svc_lb_common::config::{MASQUERADE_ALL, RESET_VANISHED, SNAT_ALWAYS};
 use svc_lb_common::conntrack::{FlowKey, INBOUND, OUTBOUND, flow, state};
 use svc_lb_common::edge::{POD, UPLINK, XDP};
 use svc_lb_common::outcome::{Event, Hook, Outcome};
@@ -236,7 +236,13 @@ fn decide<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, ended: bool) 
     let bits = edge.map_or(UPLINK, |edge| edge.bits);
     let at_pod = bits & POD != 0;
     let from_pod = at_pod || is_pods::<F>(met);
-    match service::find::<F>(met, from_pod) {
+    let Met {
+        key,
+        concern,
+        target,
+        ..
+    } = met;
+    match service::find::<F>(key, *concern, from_pod, target) {
         Ok(Aim::Service) => {}
         Ok(Aim::UndefinedPort) => return Err(Outcome::Rejected),
         Err(Outcome::NoFrontend) => return direct::<F>(met, bits, packet.hook(), ended),
@@ -244,12 +250,12 @@ fn decide<P: Packet, F: Stack>(packet: &P, met: &mut Met<F::Addr>, ended: bool) 
     }
     admit::client::<F>(met)?;
     met.hash = select::hash(&met.key);
-    let Some(choice) = select::backend::<F>(from_pod, met)? else {
+    let Some(choice) = select::backend::<F>(from_pod, &met.key, &met.target, met.hash)? else {
         if ended && met.is_udp() {
             // Better an unwilling backend than none: the flow stays (SEMANTICS G1).
             return Ok(Decision::Keep);
         }
-        return nobody(&met.target);
+        return Err(select::nobody(&met.target));
     };
     if ended {
         conntrack::forget::<F>(&met.key, &met.flow, &mut met.peer_key);
@@ -334,15 +340,6 @@ fn traits(hairpin: bool, bridged: bool, syn: bool, target: &Target) -> u16 {
         traits |= flow::AFFINE;
     }
     traits
-}
-
-/// No backend: rejected, or met with silence while other nodes have some (SEMANTICS 1.2).
-#[inline(always)]
-fn nobody(target: &Target) -> Step<Decision> {
-    if target.service.flags() & flag::HAS_ANY != 0 && !enabled(REJECT_NO_LOCAL) {
-        return Err(Outcome::NoLocalEndpoint);
-    }
-    Err(Outcome::Rejected)
 }
 
 /// A packet sent directly to a backend: where a flow through a frontend has the same tuple behind

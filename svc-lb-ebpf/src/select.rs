@@ -3,16 +3,16 @@
 use aya_ebpf::helpers::generated::bpf_jiffies64;
 use svc_lb_common::affinity::AffinityKey;
 use svc_lb_common::backend::{Backend, GONE, IN_CLUSTER, IN_LOCAL, SERVING};
+use svc_lb_common::config::REJECT_NO_LOCAL;
 use svc_lb_common::conntrack::FlowKey;
 use svc_lb_common::hash::{flow_hash, scale};
 use svc_lb_common::outcome::Outcome;
 use svc_lb_common::service::{Range, SLOTS_PER_WORD, flag, kind, slot};
 use svc_lb_common::{Address, Be16};
 
-use crate::config::config;
+use crate::config::{config, enabled};
 use crate::family::Family;
 use crate::maps::{SLOTS, read, snapshot};
-use crate::met::Met;
 use crate::packet::Step;
 use crate::service::Target;
 
@@ -26,13 +26,13 @@ pub(crate) struct Choice<A: Address> {
 
 /// The endpoint set of a new flow, and the bit its backends carry (SEMANTICS 1.2).
 #[inline(always)]
-fn set(target: &Target, from_pod: bool) -> (Range, u32) {
+fn set(target: &Target, inside: bool) -> (Range, u32) {
     let flags = target.service.flags();
     let local = if target.kind == kind::CLUSTER_IP as u32 {
         flags & flag::INTERNAL_LOCAL != 0
     } else {
-        // A pod is not outside, whichever address it uses: it gets the Cluster set.
-        !from_pod && flags & flag::EXTERNAL_LOCAL != 0
+        // Neither a pod nor the node is outside, whichever address it uses: it gets the Cluster set.
+        !inside && flags & flag::EXTERNAL_LOCAL != 0
     };
     if local {
         (target.service.local, IN_LOCAL)
@@ -66,18 +66,18 @@ fn seeded<A: Address>(seed: u64, key: &FlowKey<A>) -> u32 {
 /// node names the same one (SEMANTICS F9).
 #[inline(always)]
 pub(crate) fn backend<F: Family>(
-    from_pod: bool,
-    met: &Met<F::Addr>,
+    inside: bool,
+    key: &FlowKey<F::Addr>,
+    target: &Target,
+    mut hash: u32,
 ) -> Step<Option<Choice<F::Addr>>> {
-    let target = &met.target;
-    let (range, bit) = set(target, from_pod);
+    let (range, bit) = set(target, inside);
     if range.length() == 0 {
         return Ok(None);
     }
     let maglev = target.service.flags() & flag::MAGLEV != 0;
-    let mut hash = met.hash;
     if target.service.affinity_seconds() != 0 {
-        let client = met.key.source;
+        let client = key.source;
         if let Some(choice) = pinned::<F>(target, client, bit) {
             return Ok(Some(choice));
         }
@@ -90,7 +90,7 @@ pub(crate) fn backend<F: Family>(
         };
         hash = flow_hash(seed, client, client, none, none, 0);
     } else if maglev {
-        hash = seeded(config!(maglev_seed), &met.key);
+        hash = seeded(config!(maglev_seed), key);
     }
     let position = range.start() + scale(hash, range.length());
     let word = read(&SLOTS, position / SLOTS_PER_WORD).ok_or(Outcome::BadBackend)?;
@@ -129,6 +129,16 @@ fn pinned<F: Family>(target: &Target, client: F::Addr, bit: u32) -> Option<Choic
 pub(crate) fn is_endpoint<F: Family>(id: u32, generation: u16) -> bool {
     read(F::backends(), id)
         .is_some_and(|backend| backend.generation() == generation && backend.bits() & GONE == 0)
+}
+
+/// What becomes of a client for whom there is no backend: it is rejected, or met with silence while
+/// other nodes have some (SEMANTICS 1.2).
+#[inline(always)]
+pub(crate) fn nobody(target: &Target) -> Outcome {
+    if target.service.flags() & flag::HAS_ANY != 0 && !enabled(REJECT_NO_LOCAL) {
+        return Outcome::NoLocalEndpoint;
+    }
+    Outcome::Rejected
 }
 
 /// Whether a flow's backend still serves the service the flow was opened for (SEMANTICS G1:

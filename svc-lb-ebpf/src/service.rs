@@ -1,15 +1,15 @@
 //! Which Service a packet is for.
 
+use svc_lb_common::Protocol;
 use svc_lb_common::config::{DROP_UNALLOCATED, EXTERNAL_IPS_OUTSIDE, REJECT_UNDEFINED_PORT};
+use svc_lb_common::conntrack::FlowKey;
 use svc_lb_common::outcome::{Event, Outcome};
 use svc_lb_common::service::{Frontend, FrontendKey, Service, kind};
-use svc_lb_common::{Address, Protocol};
 
 use crate::config::enabled;
 use crate::family::Family;
-use crate::guard;
+use crate::guard::{self, Concern};
 use crate::maps::{SERVICES, read, snapshot};
-use crate::met::Met;
 use crate::packet::Step;
 use crate::stats;
 
@@ -25,37 +25,42 @@ pub(crate) struct Target {
 }
 
 /// What a packet that may be for a frontend is for. As wide as [`Outcome`], and the service lies in
-/// `met`: what is returned beside an outcome is undefined where there is one.
+/// the caller's hands: what is returned beside an outcome is undefined where there is one.
 #[repr(u32)]
 pub(crate) enum Aim {
-    /// The service in `met.target`.
+    /// The service that was found.
     Service,
     /// An undefined port of a ClusterIP: to be rejected.
     UndefinedPort,
 }
 
-/// Finds the service: by address, port and protocol, then by NodePort. Puts it into `met.target`.
+/// Finds the service: by address, port and protocol, then by NodePort. Puts it into `target`.
+///
+/// `inside`: the client is a pod, or the node itself.
 #[inline(always)]
-pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>, from_pod: bool) -> Step<Aim> {
-    let (address, port) = (met.key.destination, met.key.destination_port);
-    let protocol = met.key.protocol;
+pub(crate) fn find<F: Family>(
+    key: &FlowKey<F::Addr>,
+    concern: Concern,
+    inside: bool,
+    target: &mut Target,
+) -> Step<Aim> {
+    let (address, port) = (key.destination, key.destination_port);
+    let protocol = key.protocol;
     if let Some(frontend) = lookup::<F>(&FrontendKey::new(address, port, protocol))
-        && !hidden(&frontend, from_pod)
+        && !hidden(&frontend, inside)
     {
-        return target(met, &frontend);
+        return set(target, &frontend);
     }
-    if !met.concern.frontend() {
+    if !concern.frontend() {
         return Err(Outcome::NoFrontend);
     }
     let entry = lookup::<F>(&FrontendKey::address(address));
     match entry {
         Some(entry) if entry.kind == kind::NODE_PORT as u32 => {
-            let transport = Protocol::from_number(protocol).ok_or(Outcome::NoFrontend)?;
-            if !met.concern.node() || !guard::node_port(transport, port) {
+            if !concern.node() {
                 return Err(Outcome::NoFrontend);
             }
-            let key = FrontendKey::node_port(port, protocol);
-            target(met, &lookup::<F>(&key).ok_or(Outcome::NoFrontend)?)
+            node_port::<F>(key, target)
         }
         Some(entry) if entry.kind == kind::CLUSTER_IP as u32 && enabled(REJECT_UNDEFINED_PORT) => {
             Ok(Aim::UndefinedPort)
@@ -67,11 +72,22 @@ pub(crate) fn find<F: Family>(met: &mut Met<F::Addr>, from_pod: bool) -> Step<Ai
     }
 }
 
-/// Whether a frontend is none to this client: external IPs can be kept from pods, as whoever may
-/// write Services can claim any address there (CVE-2020-8554).
+/// Finds the service of a NodePort, whichever address it was reached at.
 #[inline(always)]
-fn hidden(frontend: &Frontend, from_pod: bool) -> bool {
-    from_pod && enabled(EXTERNAL_IPS_OUTSIDE) && frontend.kind == kind::EXTERNAL_IP as u32
+pub(crate) fn node_port<F: Family>(key: &FlowKey<F::Addr>, target: &mut Target) -> Step<Aim> {
+    let transport = Protocol::from_number(key.protocol).ok_or(Outcome::NoFrontend)?;
+    if !guard::node_port(transport, key.destination_port) {
+        return Err(Outcome::NoFrontend);
+    }
+    let at = FrontendKey::node_port(key.destination_port, key.protocol);
+    set(target, &lookup::<F>(&at).ok_or(Outcome::NoFrontend)?)
+}
+
+/// Whether a frontend is none to this client: external IPs can be kept from pods and from the node,
+/// as whoever may write Services can claim any address there (CVE-2020-8554).
+#[inline(always)]
+fn hidden(frontend: &Frontend, inside: bool) -> bool {
+    inside && enabled(EXTERNAL_IPS_OUTSIDE) && frontend.kind == kind::EXTERNAL_IP as u32
 }
 
 /// Whether an address is a ClusterIP.
@@ -110,8 +126,8 @@ fn lookup<F: Family>(key: &FrontendKey<F::Addr>) -> Option<Frontend> {
 }
 
 #[inline(always)]
-fn target<A: Address>(met: &mut Met<A>, frontend: &Frontend) -> Step<Aim> {
-    met.target = Target {
+fn set(target: &mut Target, frontend: &Frontend) -> Step<Aim> {
+    *target = Target {
         service: read(&SERVICES, frontend.service).ok_or(Outcome::BadBackend)?,
         index: frontend.service,
         kind: frontend.kind,

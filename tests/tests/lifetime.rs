@@ -21,6 +21,7 @@ use svc_lb::dataplane::edges::{Choice, EdgeSettings, XdpMode, choose};
 use svc_lb::dataplane::loader::{self, Loaded};
 use svc_lb::dataplane::pins::{LinkName, Linked, Pins};
 use svc_lb::dataplane::sizes::MapSizes;
+use svc_lb::dataplane::sockets::SocketError;
 use svc_lb::dataplane::sys;
 use svc_lb::node;
 use svc_lb_common::config::Config;
@@ -88,6 +89,7 @@ fn load(pins: &Pins) -> Result<Loaded> {
         pins,
         sizes: &sizes,
         config: Config::DEFAULT,
+        sockets: false,
     })?)
 }
 
@@ -98,7 +100,13 @@ async fn attach(
     tc: TcHook,
     xdp: XdpMode,
 ) -> Result<(Attacher, Choice)> {
-    let mut attacher = Attacher::new(pins.clone(), loaded.programs, tc, netlink.clone())?;
+    let mut attacher = Attacher::new(
+        pins.clone(),
+        loaded.programs,
+        tc,
+        netlink.clone(),
+        Err(SocketError::Off),
+    )?;
     let choice = choose(&node::read(netlink).await?, &settings(xdp));
     attacher.apply(&choice, false).await;
     let failed: Vec<&EdgeStatus> = attacher
@@ -415,6 +423,7 @@ fn no_packet_passes_while_programs_are_replaced() {
                 pins: &pins,
                 sizes: &sizes,
                 config,
+                sockets: false,
             })?)
         };
         for tc in [TcHook::Tcx, TcHook::Clsact, TcHook::Tcx] {
@@ -571,6 +580,7 @@ fn a_refused_program_is_named_with_the_end_of_the_verifiers_log() {
             pins: &pins,
             sizes: &sizes,
             config: Config::DEFAULT,
+            sockets: false,
         });
         let text = format!("{:#}", result.err().context("nonsense was loaded")?);
         ensure!(text.contains("refused the program tc_ingress"), "{text}");

@@ -38,6 +38,8 @@ mod remote;
 mod selection;
 #[path = "netns/servers.rs"]
 mod servers;
+#[path = "netns/socket_hooks.rs"]
+mod socket_hooks;
 #[path = "netns/sockets.rs"]
 mod sockets;
 #[path = "netns/stack.rs"]

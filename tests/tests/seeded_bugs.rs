@@ -48,7 +48,7 @@ const BUGS: [Bug; 13] = [
     Bug {
         name: "a pod gets the Local set from outside addresses",
         file: "select.rs",
-        is: "!from_pod && flags & flag::EXTERNAL_LOCAL != 0",
+        is: "!inside && flags & flag::EXTERNAL_LOCAL != 0",
         becomes: "flags & flag::EXTERNAL_LOCAL != 0",
     },
     Bug {

@@ -11,6 +11,7 @@ use tracing::warn;
 use crate::dataplane::attach::{Attacher, EdgeStatus};
 use crate::dataplane::edges::{EdgeSettings, Refused, choose};
 use crate::dataplane::links::{self, Links};
+use crate::dataplane::sockets::SocketsStatus;
 use crate::node::Node;
 
 /// How often everything attached is looked at: somebody may have removed it.
@@ -25,6 +26,7 @@ pub(super) struct Report {
     pub(super) attached: bool,
     pub(super) edges: Vec<EdgeStatus>,
     pub(super) refused: Vec<Refused>,
+    pub(super) sockets: SocketsStatus,
 }
 
 /// Runs until it is cancelled, or until the node is no longer watched.
@@ -80,6 +82,7 @@ pub(super) async fn run(
             attached: true,
             edges: attacher.status().cloned().collect(),
             refused: choice.refused,
+            sockets: attacher.sockets().clone(),
         });
         if !alone && !attacher.incomplete() {
             match attacher.remove_other_layouts() {

@@ -16,7 +16,9 @@ mod pods;
 pub mod reconcile;
 mod status;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -25,7 +27,6 @@ use std::time::{Duration, Instant};
 use aya::Ebpf;
 use aya_log::EbpfLogger;
 use svc_lb_common::config::{self, Config};
-use svc_lb_common::outcome::Hook;
 use thiserror::Error;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -50,6 +51,7 @@ use crate::dataplane::loader::{self, LoadError, Programs};
 use crate::dataplane::pins::{PinError, PinLock, Pins};
 use crate::dataplane::reserve::{self, ReserveError};
 use crate::dataplane::sizes::{MapSizes, SizeOverride};
+use crate::dataplane::sockets::{Place, SocketError, SocketSettings};
 use crate::dataplane::vanished::{Vanished, VanishedError};
 use crate::dataplane::{DataplaneError, Timeouts, probe};
 use crate::health::proxy::{Bind, Moment, ProxyHealth};
@@ -94,6 +96,8 @@ pub struct Settings {
     pub tc: Option<TcHook>,
     /// When flows without packets are over.
     pub timeouts: Timeouts,
+    /// Whose sockets are given backends.
+    pub sockets: SocketSettings,
     /// Where to answer `/healthz` and `/livez`.
     pub healthz: Bind,
     /// Where to answer what tools of this node ask.
@@ -122,6 +126,8 @@ pub enum AppError {
     Maps(#[source] DataplaneError),
     #[error(transparent)]
     Attach(#[from] AttachError),
+    #[error(transparent)]
+    Sockets(#[from] SocketError),
     #[error(transparent)]
     Links(#[from] LinksError),
     #[error(transparent)]
@@ -242,6 +248,7 @@ impl Signals {
 struct Prepared {
     lock: PinLock,
     programs: Programs,
+    sockets: Result<Place, SocketError>,
     config: Config,
     adopted: bool,
     ebpf: Ebpf,
@@ -256,6 +263,20 @@ impl Prepared {
         reserve::reserve(pins, &ports)?;
         let sizes = MapSizes::for_this_machine(&settings.sizes)
             .map_err(system("read the memory's size"))?;
+        let sockets = match Place::find(&settings.sockets) {
+            // A wrong command line.
+            Err(error @ SocketError::Cgroup { .. }) if settings.sockets.cgroup.is_some() => {
+                return Err(error.into());
+            }
+            sockets => sockets,
+        };
+        let mut config = Config {
+            bits: settings.config.bits | detected() | loopback(&settings.node_ports),
+            ..settings.config
+        };
+        if let Ok(place) = &sockets {
+            place.configure(&mut config);
+        }
         let loader::Loaded {
             programs,
             config,
@@ -265,14 +286,13 @@ impl Prepared {
             object: loader::object()?,
             pins,
             sizes: &sizes,
-            config: Config {
-                bits: settings.config.bits | detected(),
-                ..settings.config
-            },
+            config,
+            sockets: sockets.is_ok(),
         })?;
         Ok(Self {
             lock,
             programs,
+            sockets,
             config,
             adopted,
             ebpf,
@@ -299,6 +319,7 @@ async fn start(
     let Prepared {
         lock,
         programs,
+        sockets,
         config,
         adopted,
         ebpf,
@@ -324,7 +345,7 @@ async fn start(
     );
     let program_status = describe(&programs);
     let tc = settings.tc.unwrap_or_else(probe::tc_hook);
-    let attacher = Attacher::new(pins.clone(), programs, tc, node::requests()?)?;
+    let attacher = Attacher::new(pins.clone(), programs, tc, node::requests()?, sockets)?;
     let edge_settings = settings.edges.clone();
     tasks.spawn(
         "edges",
@@ -392,21 +413,30 @@ fn detected() -> u32 {
     }
 }
 
+/// Bits of the programs' settings that say where the node reaches itself: at loopback addresses, where
+/// nobody else's packets come from.
+fn loopback(node_ports: &[NodePorts]) -> u32 {
+    let v4 = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    let v6 = IpAddr::V6(Ipv6Addr::LOCALHOST);
+    let served = node::ports::select(node_ports, &BTreeSet::from([v4, v6]), &BTreeSet::new());
+    let bit = |address, bit| if served.contains(&address) { bit } else { 0 };
+    bit(v4, config::LOOPBACK_NODE_PORTS4) | bit(v6, config::LOOPBACK_NODE_PORTS6)
+}
+
 fn describe(programs: &Programs) -> Vec<ProgramStatus> {
     if let Some(error) = &programs.xdp_refused {
         warn!(%error, "XDP is off");
     }
-    Hook::ALL
-        .iter()
-        .filter_map(|hook| {
-            Some(ProgramStatus {
-                name: hook.name().to_owned(),
-                id: programs.id(*hook)?,
-                verified_instructions: programs
-                    .verified_instructions()
-                    .find(|(name, _)| *name == hook.name())
-                    .map(|(_, instructions)| instructions),
-            })
+    if let Some(error) = &programs.sockets_refused {
+        warn!(%error, "socket hooks are off");
+    }
+    let instructions: BTreeMap<_, _> = programs.verified_instructions().collect();
+    programs
+        .ids()
+        .map(|(name, id)| ProgramStatus {
+            name: name.to_owned(),
+            id,
+            verified_instructions: instructions.get(name).copied(),
         })
         .collect()
 }

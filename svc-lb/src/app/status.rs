@@ -125,6 +125,7 @@ impl Gatherer {
             attached,
             edges,
             refused,
+            sockets,
         } = self.edges.borrow().clone();
         let mut waiting_for: Vec<String> = self
             .sources
@@ -167,6 +168,7 @@ impl Gatherer {
             health: self.health.status(),
             edges,
             refused,
+            sockets,
             programs: self.programs.clone(),
             flows: flow_status(&self.timeouts, passed),
             maps,

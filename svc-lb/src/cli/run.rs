@@ -21,6 +21,7 @@ use crate::compile::{CompileOptions, MaglevOptions};
 use crate::dataplane::Timeouts;
 use crate::dataplane::attach::TcHook;
 use crate::dataplane::sizes::SizeOverride;
+use crate::dataplane::sockets::{SocketMode, SocketSettings};
 use crate::dataplane::timeouts::{self, StateTimeout};
 use crate::health::proxy::Bind;
 use crate::model::Algorithm;
@@ -116,6 +117,8 @@ pub(super) struct Args {
     health: HealthArgs,
     #[command(flatten)]
     source: SourceArgs,
+    #[command(flatten)]
+    sockets: SocketArgs,
     #[command(flatten)]
     control_plane: ControlPlaneArgs,
     #[command(flatten)]
@@ -395,6 +398,34 @@ enum ExternalSnat {
 }
 
 #[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Sockets")]
+struct SocketArgs {
+    /// Whose sockets are given a backend once, in place of each of their packets
+    #[arg(
+        long,
+        value_name = "WHOSE",
+        env = "SVC_LB_SOCKET_LB",
+        value_enum,
+        default_value_t
+    )]
+    socket_lb: SocketMode,
+    /// The cgroup v2 directory of all of this node's processes, pods' included
+    ///
+    /// [default: the root of the hierarchy, wherever it is mounted]
+    #[arg(long, value_name = "DIR", env = "SVC_LB_CGROUP")]
+    cgroup: Option<PathBuf>,
+}
+
+impl From<SocketArgs> for SocketSettings {
+    fn from(SocketArgs { socket_lb, cgroup }: SocketArgs) -> Self {
+        Self {
+            mode: socket_lb,
+            cgroup,
+        }
+    }
+}
+
+#[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Control plane of objects that were never in a cluster")]
 struct ControlPlaneArgs {
     /// Range of ClusterIPs, one for each family; packets to addresses in it that belong to no
@@ -547,6 +578,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
                 pod_cidr,
                 snat_ports,
             },
+        sockets,
         control_plane:
             ControlPlaneArgs {
                 service_cidr,
@@ -613,6 +645,7 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
         edges: edges.settings(),
         tc: tc_hook,
         timeouts: Timeouts::with(&timeout),
+        sockets: sockets.into(),
         healthz: healthz_bind_address,
         metrics: metrics_bind_address,
         configz: serde_json::Value::Null,
@@ -868,6 +901,20 @@ mod tests {
         ] {
             parse(line).unwrap_err();
         }
+    }
+
+    /// I2: whose sockets are given backends.
+    #[test]
+    fn sockets_follow_the_command_line() {
+        let plain = parse("svc-lb run --manifests a").unwrap().sockets;
+        assert_eq!(plain.mode, SocketMode::TcpHostUdp);
+        assert_eq!(plain.cgroup, None);
+        let line = "svc-lb run --manifests a --socket-lb host-only --cgroup /sys/fs/cgroup/node";
+        let settings = parse(line).unwrap().sockets;
+        assert_eq!(settings.mode, SocketMode::HostOnly);
+        assert_eq!(settings.cgroup, Some("/sys/fs/cgroup/node".into()));
+        let same = parse("svc-lb run --manifests a --socket-lb tcp,host-udp").unwrap();
+        assert_eq!(same.sockets.mode, SocketMode::TcpHostUdp);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::output::{self, Format};
 use super::{Global, client, exit};
 use crate::app::admin::{Answer, Request};
 use crate::dataplane::attach::EdgeStatus;
+use crate::dataplane::sockets::SocketsStatus;
 use crate::health::proxy::ProxyStatus;
 use crate::health::services::ServiceHealthStatus;
 use crate::observe::programming::Programming;
@@ -89,6 +90,7 @@ fn text(status: &Status, all: bool) -> Result<String> {
         health,
         edges,
         refused,
+        sockets,
         programs,
         flows,
         maps,
@@ -139,6 +141,8 @@ fn text(status: &Status, all: bool) -> Result<String> {
         writeln!(out, "{}: refused: {}", refused.name, refused.reason)?;
     }
 
+    write_sockets(&mut out, sockets)?;
+
     let mut table = output::table(&["NAME", "ID", "INSTRUCTIONS VERIFIED"]);
     for program in programs {
         let instructions = program
@@ -150,6 +154,24 @@ fn text(status: &Status, all: bool) -> Result<String> {
     section(&mut out, "Flows and affinity", &flow_table(flows))?;
     section(&mut out, "Maps", &map_table(maps))?;
     Ok(out.trim_end().to_owned())
+}
+
+fn write_sockets(out: &mut String, sockets: &SocketsStatus) -> Result<()> {
+    let SocketsStatus {
+        mode,
+        cgroup,
+        notes,
+        error,
+    } = sockets;
+    let place = cgroup.as_ref().map(|cgroup| format!(" at {cgroup}"));
+    writeln!(out, "\nSocket hooks\n{mode}{}", place.unwrap_or_default())?;
+    for note in notes {
+        writeln!(out, "{note}")?;
+    }
+    if let Some(error) = error {
+        writeln!(out, "{error}; tried again")?;
+    }
+    Ok(())
 }
 
 fn section(out: &mut String, title: &str, body: &str) -> Result<()> {

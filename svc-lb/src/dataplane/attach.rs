@@ -22,6 +22,7 @@ use super::clsact::{self, Direction};
 use super::edges::{Choice, Role, Wanted, XdpMode};
 use super::loader::Programs;
 use super::pins::{self, LinkName, Linked, PinError, Pins};
+use super::sockets::{Place, SocketError, Sockets, SocketsStatus};
 use super::sys::{self, AttachPoint, ObjectKind};
 
 /// Why an edge is not what it should be.
@@ -106,6 +107,7 @@ pub struct Attacher {
     /// What the map holds.
     written: BTreeMap<u32, Edge>,
     attached: BTreeMap<u32, Attached>,
+    sockets: Sockets,
 }
 
 #[derive(Debug)]
@@ -122,6 +124,7 @@ impl Attacher {
         programs: Programs,
         tc: TcHook,
         netlink: Handle,
+        sockets: Result<Place, SocketError>,
     ) -> Result<Self, AttachError> {
         for other in pins.other_layouts()? {
             let links = pins.take_links_of(&other)?;
@@ -141,6 +144,7 @@ impl Attacher {
             .collect::<Result<_, _>>()
             .map_err(AttachError::OpenEdges)?;
         Ok(Self {
+            sockets: Sockets::new(pins.clone(), sockets),
             pins,
             programs,
             tc,
@@ -156,6 +160,7 @@ impl Attacher {
     ///
     /// An edge that fails says so in its status and leaves the others alone.
     pub async fn apply(&mut self, choice: &Choice, verify: bool) {
+        self.sockets.apply(&self.programs);
         for (ifindex, wanted) in &choice.edges {
             let known = self.attached.get(ifindex);
             if !verify && known.is_some_and(|known| known.is_current(wanted)) {
@@ -214,12 +219,17 @@ impl Attacher {
         self.attached.values().map(|edge| &edge.status)
     }
 
-    /// Whether an edge failed and should be tried again.
+    /// The socket hooks as they are.
+    #[must_use]
+    pub const fn sockets(&self) -> &SocketsStatus {
+        self.sockets.status()
+    }
+
+    /// Whether an edge or the socket hooks failed and should be tried again.
     #[must_use]
     pub fn incomplete(&self) -> bool {
-        self.attached
-            .values()
-            .any(|edge| edge.status.error.is_some())
+        let mut edges = self.attached.values();
+        edges.any(|edge| edge.status.error.is_some()) || self.sockets().error.is_some()
     }
 
     /// Interfaces that `xdp_ingress` runs on.

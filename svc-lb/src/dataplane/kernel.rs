@@ -10,7 +10,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use aya_obj::generated::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_map_type};
-use svc_lb_common::backend::Backend;
+use svc_lb_common::backend::{Backend, generation_of};
 use svc_lb_common::conntrack::{Flow, FlowKey};
 use svc_lb_common::edge::Edge;
 use svc_lb_common::guard::PORT_WORDS;
@@ -169,6 +169,7 @@ struct FamilyMaps<A: HostAddress> {
     frontends: TypedMap<FrontendKey<A>, Frontend>,
     backends: MappedArray,
     source_ranges: TypedMap<SourceRangeKey<A>, u32>,
+    socket_hits: MappedArray,
 }
 
 /// One family's flows.
@@ -369,6 +370,17 @@ impl Kernel {
             .map_err(|source| failed("delete", format!("{} {ifindex}", name::EDGES), source))
     }
 
+    /// How many sockets each backend of a family was given since it got its id; ids of backends that
+    /// were given none are left out.
+    pub fn socket_hits(&self, family: Family) -> impl Iterator<Item = (u32, u64)> {
+        let hits = match family {
+            Family::V4 => &self.v4.socket_hits,
+            Family::V6 => &self.v6.socket_hits,
+        };
+        let counts = hits.words().iter().map(|word| word.load(Ordering::Relaxed));
+        (0..).zip(counts).filter(|(_, count)| *count != 0)
+    }
+
     /// All edges by interface index.
     pub fn edges(&self) -> Result<BTreeMap<u32, Edge>> {
         let mut edges = BTreeMap::new();
@@ -447,6 +459,7 @@ where
         let trie = Shape::trie::<SourceRangeKey<A>, u32>();
         let (source_ranges, range_count) =
             maps.take_typed(map_name(name::SOURCE_RANGES, family), &trie)?;
+        let (socket_hits, _) = maps.take_array::<u64>(map_name(name::SOCKET_HITS, family))?;
         let sizes = FamilySizes {
             frontends: frontend_count,
             backends: backend_count,
@@ -457,6 +470,7 @@ where
             frontends,
             backends,
             source_ranges,
+            socket_hits,
         };
         Ok((maps, sizes))
     }
@@ -483,6 +497,13 @@ where
             .ok_or_else(|| self.wrong_family(address))?;
         let words = to_words(&record);
         let base = id as usize * words.len();
+        let old = word(&self.backends, self.name(name::BACKENDS), base)?.load(Ordering::Acquire);
+        if generation_of(old) != record.generation()
+            && let Some(hits) = self.socket_hits.words().get(id as usize)
+        {
+            // Another backend's.
+            hits.store(0, Ordering::Relaxed);
+        }
         // The first word last: until then an agent that is killed here leaves an element that
         // says it is gone.
         for (offset, value) in words.iter().enumerate().rev() {

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
 use aya::maps::{Array, Map, MapData, MapError, MapInfo};
-use aya::programs::{Program, ProgramError, SchedClassifier, Xdp};
+use aya::programs::{CgroupSockAddr, Program, ProgramError, SchedClassifier, Xdp};
 use aya::util::KernelVersion;
 use aya::{Ebpf, EbpfError, EbpfLoader, VerifierLogLevel};
 use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_ARRAY;
@@ -14,6 +14,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use svc_lb_common::config::Config;
 use svc_lb_common::limits::name;
 use svc_lb_common::outcome::Hook;
+use svc_lb_common::socket::SocketHook;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
@@ -91,12 +92,16 @@ pub struct Settings<'a> {
     pub sizes: &'a MapSizes,
     /// The frozen settings; the loader fills in `seed`, `hz` and `guard_words`.
     pub config: Config,
+    /// Load the socket hooks' programs too.
+    pub sockets: bool,
 }
 
 /// The loaded programs, one for each hook.
 #[derive(Debug)]
 pub struct Programs {
     by_hook: BTreeMap<&'static str, LoadedProgram>,
+    /// Why the socket hooks' programs are missing, if they were wanted and the kernel refused one.
+    pub sockets_refused: Option<LoadError>,
     /// Why `xdp_ingress` is missing, if it is.
     pub xdp_refused: Option<LoadError>,
 }
@@ -139,6 +144,7 @@ pub fn load(settings: &Settings<'_>) -> Result<Loaded, LoadError> {
         pins,
         sizes,
         config,
+        sockets,
     } = settings;
     allow_locked_memory();
     let adopted = adopt(object, pins, sizes)?;
@@ -156,7 +162,8 @@ pub fn load(settings: &Settings<'_>) -> Result<Loaded, LoadError> {
         ..*config
     };
 
-    let (programs, ebpf) = load_programs(|level| create(settings, &adopted, &config, level))?;
+    let (programs, ebpf) =
+        load_programs(*sockets, |level| create(settings, &adopted, &config, level))?;
     for (name, program) in &programs.by_hook {
         pins::replace(&program.fd, &pins.program(name))?;
     }
@@ -174,37 +181,43 @@ pub fn load(settings: &Settings<'_>) -> Result<Loaded, LoadError> {
     })
 }
 
-/// Loads all programs of what `create` makes. A refused program is tried once more with the
-/// verifier's whole log.
+/// Loads all programs of what `create` makes, those of the socket hooks if `sockets` says so. A refused
+/// program is tried once more with the verifier's whole log.
 pub(super) fn load_programs(
+    sockets: bool,
     create: impl Fn(VerifierLogLevel) -> Result<Ebpf, LoadError>,
 ) -> Result<(Programs, Ebpf), LoadError> {
     let mut ebpf = create(VerifierLogLevel::STATS)?;
     let mut programs = Programs {
         by_hook: BTreeMap::new(),
         xdp_refused: None,
+        sockets_refused: None,
     };
     for hook in Hook::ALL {
-        let loaded = match load_program(&mut ebpf, *hook) {
-            Err(LoadError::Refused { .. }) => {
-                load_program(&mut create(VerifierLogLevel::default())?, *hook)
-            }
-            other => other,
+        let load = match hook {
+            Hook::XdpIngress => load_xdp,
+            Hook::TcIngress | Hook::TcEgress => load_tc,
         };
-        match (loaded, hook) {
+        match (load_program(&mut ebpf, &create, hook.name(), load), hook) {
             (Ok(program), _) => {
-                debug!(
-                    program = hook.name(),
-                    id = program.id,
-                    instructions = program.verified_instructions,
-                    "program loaded"
-                );
                 programs.by_hook.insert(hook.name(), program);
             }
             (Err(error @ LoadError::Refused { .. }), Hook::XdpIngress) => {
                 programs.xdp_refused = Some(error);
             }
             (Err(error), _) => return Err(error),
+        }
+    }
+    for hook in SocketHook::ALL.into_iter().filter(|_| sockets) {
+        match load_program(&mut ebpf, &create, hook.name(), load_socket) {
+            Ok(program) => {
+                programs.by_hook.insert(hook.name(), program);
+            }
+            Err(error @ LoadError::Refused { .. }) => {
+                programs.sockets_refused = Some(error);
+                break;
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok((programs, ebpf))
@@ -223,6 +236,20 @@ impl Programs {
     #[must_use]
     pub fn id(&self, hook: Hook) -> Option<u32> {
         self.by_hook.get(hook.name()).map(|program| program.id)
+    }
+
+    /// The program of a socket hook, and the kernel's id of it.
+    #[must_use]
+    pub fn socket(&self, hook: SocketHook) -> Option<(BorrowedFd<'_>, u32)> {
+        let program = self.by_hook.get(hook.name())?;
+        Some((program.fd.as_fd(), program.id))
+    }
+
+    /// Names and kernel's ids of all.
+    pub fn ids(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        self.by_hook
+            .iter()
+            .map(|(name, program)| (*name, program.id))
     }
 
     /// Instructions that the verifier walked through, by program; kernels before 5.16 do not tell.
@@ -338,20 +365,58 @@ fn create(
         .map_err(|error| LoadError::Ebpf(Box::new(error)))
 }
 
-fn load_program(ebpf: &mut Ebpf, hook: Hook) -> Result<LoadedProgram, LoadError> {
-    let name = hook.name();
+fn load_xdp(program: &mut Program) -> Result<(), ProgramError> {
+    <&mut Xdp>::try_from(program)?.load()
+}
+
+fn load_tc(program: &mut Program) -> Result<(), ProgramError> {
+    <&mut SchedClassifier>::try_from(program)?.load()
+}
+
+fn load_socket(program: &mut Program) -> Result<(), ProgramError> {
+    <&mut CgroupSockAddr>::try_from(program)?.load()
+}
+
+/// Loads a program; one that is refused is tried once more for the verifier's whole log.
+fn load_program(
+    ebpf: &mut Ebpf,
+    create: impl Fn(VerifierLogLevel) -> Result<Ebpf, LoadError>,
+    name: &'static str,
+    load: fn(&mut Program) -> Result<(), ProgramError>,
+) -> Result<LoadedProgram, LoadError> {
+    let loaded = match try_program(ebpf, name, load) {
+        Err(LoadError::Refused { .. }) => {
+            try_program(&mut create(VerifierLogLevel::default())?, name, load)
+        }
+        other => other,
+    };
+    if let Ok(LoadedProgram {
+        id,
+        verified_instructions,
+        ..
+    }) = &loaded
+    {
+        debug!(
+            program = name,
+            id,
+            instructions = verified_instructions,
+            "program loaded"
+        );
+    }
+    loaded
+}
+
+fn try_program(
+    ebpf: &mut Ebpf,
+    name: &'static str,
+    load: fn(&mut Program) -> Result<(), ProgramError>,
+) -> Result<LoadedProgram, LoadError> {
     let failed = |source| LoadError::Program {
         program: name,
         source: Box::new(source),
     };
     let program = ebpf.program_mut(name).ok_or(LoadError::NoProgram(name))?;
-    let result = match hook {
-        Hook::XdpIngress => <&mut Xdp>::try_from(&mut *program).and_then(Xdp::load),
-        Hook::TcIngress | Hook::TcEgress => {
-            <&mut SchedClassifier>::try_from(&mut *program).and_then(SchedClassifier::load)
-        }
-    };
-    match result {
+    match load(program) {
         Ok(()) => {}
         Err(ProgramError::LoadError {
             io_error,

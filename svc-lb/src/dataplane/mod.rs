@@ -31,6 +31,7 @@ pub mod pins;
 pub mod probe;
 pub mod reserve;
 pub mod sizes;
+pub mod sockets;
 pub mod sys;
 pub mod timeouts;
 pub mod vanished;

@@ -21,6 +21,7 @@ use nix::mount::{MntFlags, MsFlags};
 use nix::sys::statfs::{BPF_FS_MAGIC, statfs};
 use svc_lb_common::limits::LAYOUT_VERSION;
 use svc_lb_common::outcome::Hook;
+use svc_lb_common::socket::SocketHook;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
@@ -197,6 +198,12 @@ impl Pins {
         self.dir("links").join(name.to_string())
     }
 
+    /// Where a socket hook's link is pinned.
+    #[must_use]
+    pub fn socket(&self, hook: SocketHook) -> PathBuf {
+        self.dir("sockets").join(hook.name())
+    }
+
     /// Whether anything of this layout is pinned.
     #[must_use]
     pub fn exist(&self) -> bool {
@@ -208,7 +215,7 @@ impl Pins {
         if !on_bpffs(&self.base) {
             self.mount()?;
         }
-        for kind in ["maps", "programs", "links"] {
+        for kind in ["maps", "programs", "links", "sockets"] {
             let dir = self.dir(kind);
             fs::create_dir_all(&dir).map_err(|source| PinError::file("create", &dir, source))?;
         }
@@ -326,7 +333,13 @@ impl Pins {
             fs::rename(other.link(*link), &path)
                 .map_err(|source| PinError::file("take over", &path, source))?;
         }
-        Ok(links.len())
+        let sockets = entries(&other.dir("sockets"))?;
+        for name in &sockets {
+            let path = self.dir("sockets").join(name);
+            fs::rename(other.dir("sockets").join(name), &path)
+                .map_err(|source| PinError::file("take over", &path, source))?;
+        }
+        Ok(links.len() + sockets.len())
     }
 
     /// Removes everything of this layout: with the last link its program goes, with the last
@@ -336,7 +349,7 @@ impl Pins {
     /// had mounted it. Returns the number of pins removed.
     pub fn remove(&self) -> Result<usize, PinError> {
         let mut removed = 0;
-        for kind in ["links", "programs", "maps"] {
+        for kind in ["links", "sockets", "programs", "maps"] {
             let dir = self.dir(kind);
             for name in entries(&dir)? {
                 let path = dir.join(&name);

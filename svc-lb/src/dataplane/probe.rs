@@ -18,6 +18,7 @@ use super::attach::TcHook;
 use super::clsact::{self, Direction};
 use super::loader::{self, LoadError};
 use super::sizes::MapSizes;
+use super::sockets::{Place, SocketSettings};
 use super::sys::{self, AttachPoint, insn, map::MapInfo};
 use crate::node::{self, NodeError};
 use crate::observe::finding::{Finding, Level};
@@ -150,6 +151,7 @@ pub fn kernel() -> Vec<Finding> {
         Level::Degraded,
         "tc programs are attached as clsact filters: others may go ahead of them",
     ));
+    findings.push(sockets());
     findings.extend(links());
     findings
 }
@@ -178,6 +180,14 @@ pub fn programs() -> Vec<Finding> {
             "uplinks are served by tc alone",
         ));
     }
+    if let Some(error) = &loaded.sockets_refused {
+        findings.push(Finding::new(
+            Level::Degraded,
+            "socket hooks",
+            error.to_string(),
+            "sockets are served packet by packet",
+        ));
+    }
     findings.extend(
         loaded
             .verified_instructions()
@@ -204,7 +214,7 @@ fn load_unpinned() -> Result<loader::Programs, LoadError> {
             .unwrap_or(Config::DEFAULT.guard_words),
         ..Config::DEFAULT
     };
-    loader::load_programs(|level: VerifierLogLevel| {
+    loader::load_programs(true, |level: VerifierLogLevel| {
         let mut loader = EbpfLoader::new();
         loader
             .verifier_log_level(level)
@@ -217,6 +227,26 @@ fn load_unpinned() -> Result<loader::Programs, LoadError> {
             .map_err(|error| LoadError::Ebpf(Box::new(error)))
     })
     .map(|(programs, _)| programs)
+}
+
+/// Where the socket hooks would be, without further settings.
+fn sockets() -> Finding {
+    const SUBJECT: &str = "socket hooks";
+    match Place::find(&SocketSettings::default()) {
+        Err(reason) => Finding::new(
+            Level::Degraded,
+            SUBJECT,
+            reason.to_string(),
+            "sockets are served packet by packet",
+        ),
+        Ok(place) => {
+            let found = format!("at {}", place.cgroup().display());
+            match place.shortfalls().as_slice() {
+                [] => Finding::ok(SUBJECT, found),
+                less => Finding::new(Level::Note, SUBJECT, found, less.join("; ")),
+            }
+        }
+    }
 }
 
 fn version() -> Finding {

@@ -71,6 +71,8 @@ impl MapSizes {
             (name::FRAGMENTS, limits::FRAGMENTS),
             (name::SOURCE_RANGES, limits::SOURCE_RANGES),
             (name::VANISHED, limits::VANISHED),
+            (name::SOCKETS, limits::SOCKETS),
+            (name::SOCKET_HITS, limits::BACKENDS),
         ];
         for (names, entries) in families {
             sizes.extend(names.map(|name| (name, entries)));
@@ -152,6 +154,7 @@ fn range(name: &str) -> (u32, u32) {
             name::ESTABLISHED,
             name::STREAMS,
             name::FRAGMENTS,
+            name::SOCKETS,
         ]
         .concat()
         .contains(&name) =>

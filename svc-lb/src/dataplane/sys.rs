@@ -11,6 +11,7 @@ use std::path::Path;
 use aya_obj::generated::{
     bpf_attach_type, bpf_cmd, bpf_insn, bpf_link_info, bpf_link_type, bpf_prog_type,
 };
+use svc_lb_common::socket::SocketHook;
 
 pub mod map;
 
@@ -114,7 +115,8 @@ impl AttachPoint {
 #[repr(C)]
 struct LinkCreate {
     prog_fd: u32,
-    target_ifindex: u32,
+    /// Interface index, or the descriptor of a cgroup.
+    target: u32,
     attach_type: u32,
     flags: u32,
     relative_fd: u32,
@@ -135,9 +137,41 @@ pub fn link_create(
 ) -> io::Result<OwnedFd> {
     let mut attr = LinkCreate {
         prog_fd: raw(program),
-        target_ifindex: ifindex,
+        target: ifindex,
         attach_type: point.attach_type() as u32,
         flags: point.flags(),
+        relative_fd: 0,
+        reserved: 0,
+        expected_revision: 0,
+    };
+    // SAFETY: BPF_LINK_CREATE follows no pointer for these attach types.
+    unsafe { bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr) }.map(owned)
+}
+
+/// Attaches a program to a cgroup, whose processes' sockets it then meets. Others' programs there stay.
+///
+/// # Errors
+/// EPERM: somebody attached one exclusively.
+pub fn link_create_cgroup(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    hook: SocketHook,
+) -> io::Result<OwnedFd> {
+    let attach_type = match hook {
+        SocketHook::Connect4 => bpf_attach_type::BPF_CGROUP_INET4_CONNECT,
+        SocketHook::Connect6 => bpf_attach_type::BPF_CGROUP_INET6_CONNECT,
+        SocketHook::Sendmsg4 => bpf_attach_type::BPF_CGROUP_UDP4_SENDMSG,
+        SocketHook::Sendmsg6 => bpf_attach_type::BPF_CGROUP_UDP6_SENDMSG,
+        SocketHook::Recvmsg4 => bpf_attach_type::BPF_CGROUP_UDP4_RECVMSG,
+        SocketHook::Recvmsg6 => bpf_attach_type::BPF_CGROUP_UDP6_RECVMSG,
+        SocketHook::Getpeername4 => bpf_attach_type::BPF_CGROUP_INET4_GETPEERNAME,
+        SocketHook::Getpeername6 => bpf_attach_type::BPF_CGROUP_INET6_GETPEERNAME,
+    };
+    let mut attr = LinkCreate {
+        prog_fd: raw(program),
+        target: raw(cgroup),
+        attach_type: attach_type as u32,
+        flags: 0,
         relative_fd: 0,
         reserved: 0,
         expected_revision: 0,
@@ -181,6 +215,8 @@ pub struct LinkInfo {
     pub ifindex: Option<u32>,
     /// XDP, not tcx.
     pub xdp: bool,
+    /// Id of the cgroup; 0 once it is gone.
+    pub cgroup: Option<u64>,
 }
 
 #[repr(C)]
@@ -209,7 +245,16 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     // SAFETY: the kernel writes at most `length` bytes to `info`.
     unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     let xdp = info.type_ == bpf_link_type::BPF_LINK_TYPE_XDP as u32;
-    let ifindex = if xdp {
+    let in_cgroup = info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32;
+    let cgroup = if in_cgroup {
+        // SAFETY: the field that belongs to this type; all bit patterns are values.
+        Some(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })
+    } else {
+        None
+    };
+    let ifindex = if in_cgroup {
+        0
+    } else if xdp {
         // SAFETY: the field that belongs to this type; all bit patterns are values.
         unsafe { info.__bindgen_anon_1.xdp.ifindex }
     } else if info.type_ == bpf_link_type::BPF_LINK_TYPE_TCX as u32 {
@@ -218,7 +263,7 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     } else {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "neither a tcx nor an XDP link",
+            "neither a tcx nor an XDP nor a cgroup link",
         ));
     };
     Ok(LinkInfo {
@@ -226,6 +271,7 @@ pub fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
         program: info.prog_id,
         ifindex: (ifindex != 0).then_some(ifindex),
         xdp,
+        cgroup,
     })
 }
 

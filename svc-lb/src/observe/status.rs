@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::dataplane::FlowState;
 use crate::dataplane::attach::EdgeStatus;
 use crate::dataplane::edges::Refused;
+use crate::dataplane::sockets::SocketsStatus;
 use crate::health::proxy::ProxyStatus;
 use crate::health::services::ServiceHealthStatus;
 use crate::observe::programming::Programming;
@@ -43,6 +44,8 @@ pub struct Status {
     pub edges: Vec<EdgeStatus>,
     /// Interfaces that were asked for and cannot be edges.
     pub refused: Vec<Refused>,
+    /// Socket hooks.
+    pub sockets: SocketsStatus,
     /// Programs as they were loaded.
     pub programs: Vec<ProgramStatus>,
     /// Flows, and the maps that evict.

@@ -20,6 +20,7 @@ use nix::unistd::sync;
 use svc_lb::dataplane::loader;
 use svc_lb::dataplane::pins::Pins;
 use svc_lb::dataplane::sizes::MapSizes;
+use svc_lb::dataplane::sockets::{Place, SocketSettings};
 use svc_lb_common::config::{self, Config};
 use svc_lb_tests::lab::addresses::{NODE_A, SERVICES};
 use svc_lb_tests::lab::agent::{self, AgentConfig, AgentProcess};
@@ -191,10 +192,14 @@ fn check() -> Result<()> {
 
 /// The verifier of this kernel takes every program, as it is by default, and with all that can be switched on.
 fn load() -> Result<()> {
+    let place = Place::find(&SocketSettings::default());
+    if let Err(reason) = &place {
+        say(&format!("socket hooks: {reason}"));
+    }
     for bits in [Config::DEFAULT.bits, !config::DIAGNOSTICS] {
         let pins = Pins::new("/sys/fs/bpf/vm-init");
         pins.prepare()?;
-        let loaded = loader::load(&loader::Settings {
+        let mut loaded = loader::load(&loader::Settings {
             object: loader::object()?,
             pins: &pins,
             sizes: &MapSizes::for_memory(0),
@@ -202,8 +207,13 @@ fn load() -> Result<()> {
                 bits,
                 ..Config::DEFAULT
             },
+            sockets: place.is_ok(),
         })?;
-        if let Some(refused) = loaded.programs.xdp_refused {
+        let refused = [
+            loaded.programs.xdp_refused.take(),
+            loaded.programs.sockets_refused.take(),
+        ];
+        if let Some(refused) = refused.into_iter().flatten().next() {
             return Err(refused.into());
         }
         for (program, instructions) in loaded.programs.verified_instructions() {
@@ -270,9 +280,21 @@ fn clusterip() -> Result<()> {
         .port("udp", Protocol::Udp, 53, 5353)
         .pods(BACKENDS.map(|name| lab.pod(name)));
     let manifests = Manifests::create(lab.dir(), &[service])?;
-    let mut agent = AgentProcess::start(&lab, AgentConfig::manifests(manifests.path()))?;
-    say(&format!("svc-lb status\n{}", agent.ask(&["status"])?));
+    for sockets in ["off", "tcp,host-udp"] {
+        let config = AgentConfig::manifests(manifests.path()).sockets(sockets);
+        let mut agent = AgentProcess::start(&lab, config)?;
+        say(&format!("svc-lb status\n{}", agent.ask(&["status"])?));
+        hits_both(&lab)?;
+        let pins = agent.pin_dir().to_owned();
+        agent.detach()?;
+        if pins.exists() {
+            bail!("detach leaves {}", pins.display());
+        }
+    }
+    Ok(())
+}
 
+fn hits_both(lab: &Lab) -> Result<()> {
     let client = lab.pod(CLIENT);
     for family in Family::BOTH {
         let vip = SERVICES.nth(80);
@@ -284,11 +306,6 @@ fn clusterip() -> Result<()> {
             Ok(udp.ask_at(vip.socket(family, 53), "x")?.server)
         })?;
         expect_both(family, "UDP", &hits)?;
-    }
-    let pins = agent.pin_dir().to_owned();
-    agent.detach()?;
-    if pins.exists() {
-        bail!("detach leaves {}", pins.display());
     }
     Ok(())
 }

@@ -56,6 +56,8 @@ pub struct AgentConfig {
     /// The option that names the source, and its value.
     source: (&'static str, PathBuf),
     xdp: Option<String>,
+    sockets: String,
+    any_cgroup: bool,
     extra: Vec<OsString>,
 }
 
@@ -63,19 +65,21 @@ impl AgentConfig {
     /// With the Kubernetes objects in a file or directory.
     #[must_use]
     pub fn manifests(path: impl Into<PathBuf>) -> Self {
-        Self {
-            source: ("--manifests", path.into()),
-            xdp: None,
-            extra: Vec::new(),
-        }
+        Self::of("--manifests", path.into())
     }
 
     /// With the API server that a kubeconfig names.
     #[must_use]
     pub fn cluster(kubeconfig: impl Into<PathBuf>) -> Self {
+        Self::of("--kubeconfig", kubeconfig.into())
+    }
+
+    fn of(option: &'static str, source: PathBuf) -> Self {
         Self {
-            source: ("--kubeconfig", kubeconfig.into()),
+            source: (option, source),
             xdp: None,
+            sockets: "off".to_owned(),
+            any_cgroup: false,
             extra: Vec::new(),
         }
     }
@@ -84,6 +88,20 @@ impl AgentConfig {
     #[must_use]
     pub fn xdp(mut self, mode: &str) -> Self {
         self.xdp = Some(mode.to_owned());
+        self
+    }
+
+    /// With `--socket-lb MODE`. Off if not said: most scenarios are about packets.
+    #[must_use]
+    pub fn sockets(mut self, mode: &str) -> Self {
+        mode.clone_into(&mut self.sockets);
+        self
+    }
+
+    /// Without `--cgroup`, as on a node of its own.
+    #[must_use]
+    pub fn any_cgroup(mut self) -> Self {
+        self.any_cgroup = true;
         self
     }
 
@@ -252,7 +270,13 @@ impl AgentProcess {
             .arg(&self.admin_socket)
             .arg("--state-dir")
             .arg(&self.state_dir)
-            .args(["--node-name", NodeName::A.as_str()]);
+            .args(["--node-name", NodeName::A.as_str()])
+            .args(["--socket-lb", &self.config.sockets]);
+        if let Some(cgroup) = self.node.cgroup()
+            && !self.config.any_cgroup
+        {
+            command.arg("--cgroup").arg(cgroup.path());
+        }
         for family in Family::BOTH {
             command.args(["--service-cidr", &SERVICES.cidr(family)]);
             command.args(["--lb-pool", &LB_POOL.cidr(family)]);

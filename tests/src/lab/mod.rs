@@ -18,6 +18,7 @@ pub mod addresses;
 pub mod agent;
 pub mod bpf;
 pub mod capture;
+pub mod cgroup;
 pub mod client;
 pub mod crowd;
 mod ethtool;

@@ -1,6 +1,6 @@
 //! Named network namespaces as guards.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
@@ -15,6 +15,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+use super::cgroup::Cgroup;
 use super::netlink::Netlink;
 use super::process::{Process, keep};
 use super::run::{self, Run};
@@ -28,6 +29,8 @@ pub struct Namespace {
     file: File,
     netlink: Netlink,
     servers: OnceLock<Servers>,
+    /// Where its threads and processes are, if not where the test is.
+    cgroup: Option<Cgroup>,
 }
 
 /// The thread that runs a namespace's asynchronous tasks.
@@ -39,8 +42,8 @@ struct Servers {
 }
 
 impl Namespace {
-    /// Makes the namespace `name` of a run; `lo` is up in it.
-    pub fn create(run: &Run, name: &str) -> Result<Self> {
+    /// Makes the namespace `name` of a run; `lo` is up in it. What runs in it is in `cgroup`, if there is one.
+    pub fn create(run: &Run, name: &str, cgroup: Option<Cgroup>) -> Result<Self> {
         let path = Path::new(run::NAMESPACES).join(run.namespace(name));
         let file = make(&path).with_context(|| format!("make namespace {}", path.display()))?;
         let netlink = enter(file.as_fd(), Netlink::open)
@@ -52,6 +55,7 @@ impl Namespace {
             file,
             netlink,
             servers: OnceLock::new(),
+            cgroup,
         })
     }
 
@@ -84,7 +88,11 @@ impl Namespace {
     /// # Panics
     /// With the panic of `f`.
     pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
-        match enter(self.fd(), || Ok(f())) {
+        let inside = || {
+            self.join_cgroup()?;
+            Ok(f())
+        };
+        match enter(self.fd(), inside) {
             Ok(value) => value,
             Err(error) => panic!("enter namespace {}: {error:#}", self.name),
         }
@@ -99,7 +107,7 @@ impl Namespace {
         task: impl Future<Output = T> + Send + 'static,
     ) -> JoinHandle<T> {
         self.servers
-            .get_or_init(|| match Servers::start(&self.file, &self.name) {
+            .get_or_init(|| match Servers::start(self) {
                 Ok(servers) => servers,
                 Err(error) => panic!("start a runtime in namespace {}: {error:#}", self.name),
             })
@@ -109,7 +117,26 @@ impl Namespace {
 
     /// Starts a program inside; it is killed when the returned guard is dropped and when this process dies.
     pub fn start(&self, command: Command) -> Result<Process> {
-        keep(command, Some(self.file.try_clone()?))
+        let threads = self.cgroup.as_ref().map(|cgroup| {
+            let path = cgroup.threads();
+            OpenOptions::new().write(true).open(path)
+        });
+        keep(command, Some(self.file.try_clone()?), threads.transpose()?)
+    }
+
+    /// Its cgroup.
+    #[must_use]
+    pub fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.as_ref()
+    }
+
+    /// Moves the calling thread.
+    fn join_cgroup(&self) -> Result<()> {
+        let Some(cgroup) = &self.cgroup else {
+            return Ok(());
+        };
+        let path = cgroup.threads();
+        fs::write(&path, "0").with_context(|| format!("write {}", path.display()))
     }
 
     /// Writes a sysctl of this namespace; `key` with dots or slashes (`net.ipv4.ip_forward`).
@@ -132,8 +159,10 @@ impl Drop for Namespace {
 }
 
 impl Servers {
-    fn start(namespace: &File, name: &str) -> Result<Self> {
-        let namespace = namespace.try_clone()?;
+    fn start(namespace: &Namespace) -> Result<Self> {
+        let name = &namespace.name;
+        let threads = namespace.cgroup.as_ref().map(Cgroup::threads);
+        let namespace = namespace.file.try_clone()?;
         let (stop, stopped) = oneshot::channel::<()>();
         let (ready, started) = std::sync::mpsc::channel();
         let thread = thread::Builder::new()
@@ -141,6 +170,7 @@ impl Servers {
             .spawn(move || {
                 let runtime = setns(&namespace, CloneFlags::CLONE_NEWNET)
                     .map_err(io::Error::from)
+                    .and_then(|()| threads.map_or(Ok(()), |threads| fs::write(threads, "0")))
                     .and_then(|()| {
                         tokio::runtime::Builder::new_current_thread()
                             .enable_all()

@@ -102,8 +102,12 @@ fn drain(stream: Option<impl std::io::Read>) -> Vec<u8> {
 
 type Job = (Command, mpsc::Sender<std::io::Result<Child>>);
 
-/// Starts `command`, inside `namespace` if there is one.
-pub(crate) fn keep(mut command: Command, namespace: Option<File>) -> Result<Process> {
+/// Starts `command`, inside `namespace` and in the cgroup of `threads`, if there are any.
+pub(crate) fn keep(
+    mut command: Command,
+    namespace: Option<File>,
+    threads: Option<File>,
+) -> Result<Process> {
     static KEEPER: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
     let name = command.get_program().to_string_lossy().into_owned();
     // SAFETY: the closure runs between fork and exec and only makes system calls, which is async-signal-safe.
@@ -112,6 +116,9 @@ pub(crate) fn keep(mut command: Command, namespace: Option<File>) -> Result<Proc
             set_pdeathsig(Signal::SIGKILL)?;
             if let Some(namespace) = &namespace {
                 setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            }
+            if let Some(threads) = &threads {
+                nix::unistd::write(threads, b"0")?;
             }
             Ok(())
         });

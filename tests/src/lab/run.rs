@@ -14,6 +14,8 @@ use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::cgroup;
+
 /// Where the locks live.
 pub const LOCKS: &str = "/run/svc-lb-lab";
 /// Where named network namespaces live, as iproute2 has it.
@@ -97,6 +99,7 @@ impl Drop for Run {
             eprintln!("lab: {error:#}");
         }
         let _gone = fs::remove_file(self.admin_socket());
+        cgroup::remove_run(&self.id);
         let _gone = fs::remove_file(&self.lock_path);
     }
 }
@@ -199,6 +202,7 @@ fn remove_run(id: &str) -> Result<()> {
         }
     }
     let _gone = fs::remove_file(admin_socket(id));
+    cgroup::remove_run(id);
     remove_pins(&pin_dir(id))
 }
 

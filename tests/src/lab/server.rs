@@ -337,7 +337,7 @@ fn certificate<'a>(dir: &Path, hosts: impl Iterator<Item = &'a str>) -> Result<(
         .arg(dir.join("tls.key"))
         .arg("-out")
         .arg(dir.join("tls.crt"));
-    let output = super::process::keep(openssl, None)?.output(Duration::from_secs(20))?;
+    let output = super::process::keep(openssl, None, None)?.output(Duration::from_secs(20))?;
     if !output.status.success() {
         bail!("openssl: {}", String::from_utf8_lossy(&output.stderr));
     }

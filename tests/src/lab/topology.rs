@@ -15,6 +15,7 @@ use super::addresses::{
     BRIDGED, Dual, DualNet, EXTERNAL, Family, LB_POOL, NODE_A, NODE_B, OUTSIDE, PODS_A, PODS_B,
     ROUTER_NODES, ROUTER_OUTSIDE,
 };
+use super::cgroup::Cgroup;
 use super::ethtool;
 use super::netlink::{End, Mac, Netlink, Via};
 use super::netns::Namespace;
@@ -482,7 +483,7 @@ impl Lab {
         raise_file_limit()?;
         let run = Run::start(machine)?;
         let dir = run::scratch(&spec.test)?;
-        let router = host(&run, "net", 0)?;
+        let router = host(&run, "net", 0, None)?;
         router.netlink().bridge("nodes")?;
         assign(router.netlink(), "nodes", ROUTER_NODES, 24, 64)?;
         let (node_a, uplink) = node(&run, &router, NodeName::A, &spec.vlans, spec.rp_filter)?;
@@ -556,7 +557,7 @@ impl Lab {
 
     /// A host on one of the router's bridges; its own offload is off, as it plays the outside world.
     fn make_host(&self, bridge: &str, name: String, addr: Dual, gateway: Dual) -> Result<Host> {
-        let namespace = host(&self.run, &name, 0)?;
+        let namespace = host(&self.run, &name, 0, None)?;
         cable(&self.router, bridge, &name, &namespace)?;
         assign(namespace.netlink(), UPLINK, addr, 24, 64)?;
         default_route(namespace.netlink(), UPLINK, gateway)?;
@@ -582,9 +583,13 @@ impl Lab {
             Some(addr) => addr,
             None => self.free_address(node, attach)?,
         };
-        let namespace = host(&self.run, &format!("pod-{name}"), 0)?;
-        let interface: String = format!("veth{name}").chars().take(IFNAMSIZ).collect();
         let home = self.node(node)?;
+        let cgroup = home
+            .cgroup()
+            .map(|cgroup| cgroup.child(&name))
+            .transpose()?;
+        let namespace = host(&self.run, &format!("pod-{name}"), 0, cgroup)?;
+        let interface: String = format!("veth{name}").chars().take(IFNAMSIZ).collect();
         home.netlink().veth(
             End {
                 name: &interface,
@@ -643,8 +648,8 @@ fn raise_file_limit() -> Result<()> {
 }
 
 /// A namespace in which IPv6 addresses are usable at once.
-fn host(run: &Run, name: &str, rp_filter: u8) -> Result<Namespace> {
-    let namespace = Namespace::create(run, name)?;
+fn host(run: &Run, name: &str, rp_filter: u8, cgroup: Option<Cgroup>) -> Result<Namespace> {
+    let namespace = Namespace::create(run, name, cgroup)?;
     let rp_filter = rp_filter.to_string();
     let settings = [
         ("net.ipv6.conf.all.accept_dad", "0"),
@@ -672,7 +677,12 @@ fn node(
     vlans: &[u16],
     rp_filter: u8,
 ) -> Result<(Namespace, String)> {
-    let namespace = host(run, name.as_str(), rp_filter)?;
+    // Whoever is in it belongs to the node that has an agent.
+    let cgroup = match name {
+        NodeName::A => Some(Cgroup::of_run(run.id(), name.as_str())?),
+        NodeName::B => None,
+    };
+    let namespace = host(run, name.as_str(), rp_filter, cgroup)?;
     forwarding(&namespace)?;
     if name == NodeName::A {
         forwarding(router)?;

@@ -65,7 +65,9 @@ pub struct Setup {
 }
 
 /// Small enough to load quickly and read back whole, large enough that nothing is evicted.
-const SIZES: [(&str, u32); 17] = [
+const SIZES: [(&str, u32); 19] = [
+    (name::SOCKET_HITS[0], 512),
+    (name::SOCKET_HITS[1], 512),
     (name::GUARD, 256),
     (name::SERVICES, 64),
     (name::SLOTS, 1_024),
@@ -92,7 +94,9 @@ pub fn object() -> PathBuf {
 }
 
 /// Sizes for maps that only the agent writes.
-const MAP_SIZES: [(&str, u32); 14] = [
+const MAP_SIZES: [(&str, u32); 16] = [
+    (name::SOCKET_HITS[0], 64),
+    (name::SOCKET_HITS[1], 64),
     (name::GUARD, 1_024),
     (name::SERVICES, 64),
     (name::SLOTS, 4_096),
