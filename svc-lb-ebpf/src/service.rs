@@ -10,6 +10,7 @@ use crate::config::enabled;
 use crate::family::Family;
 use crate::guard::{self, Concern};
 use crate::maps::{SERVICES, read, snapshot};
+use crate::met::Met;
 use crate::packet::Step;
 use crate::stats;
 
