@@ -606,20 +606,16 @@ fn settings(args: Args, global: &Global) -> Result<Settings> {
     let mut config = with_service_cidrs(Config::DEFAULT, &service_cidr)?;
     config = with_pod_cidrs(config, &pod_cidr)?;
     config.maglev_seed = text_hash(&maglev_seed);
-    config.bits = refusals.apply(config.bits);
-    if external_ips == ExternalIps::Outside {
-        config.bits |= config::EXTERNAL_IPS_OUTSIDE;
-    }
-    if external_snat == ExternalSnat::Always {
-        config.bits |= config::SNAT_ALWAYS;
-    }
-    if masquerade_all {
-        config.bits |= config::MASQUERADE_ALL;
-    }
+    let bit = |on: bool, bit: u32| if on { bit } else { 0 };
+    config.bits = refusals.apply(config.bits)
+        | bit(
+            external_ips == ExternalIps::Outside,
+            config::EXTERNAL_IPS_OUTSIDE,
+        )
+        | bit(external_snat == ExternalSnat::Always, config::SNAT_ALWAYS)
+        | bit(masquerade_all, config::MASQUERADE_ALL)
+        | bit(datapath_log, config::DIAGNOSTICS);
     (config.snat_first, config.snat_last) = (*snat_ports.start(), *snat_ports.end());
-    if datapath_log {
-        config.bits |= config::DIAGNOSTICS;
-    }
     Ok(Settings {
         sources,
         node_name,
@@ -763,14 +759,14 @@ mod tests {
         let config = settings.config;
         assert_eq!(
             config.service_net4,
-            Addr4::from(std::net::Ipv4Addr::new(10, 96, 0, 0))
+            Addr4::from(Ipv4Addr::new(10, 96, 0, 0))
         );
         assert_eq!(
             config.service_mask4,
-            Addr4::from(std::net::Ipv4Addr::new(255, 255, 0, 0))
+            Addr4::from(Ipv4Addr::new(255, 255, 0, 0))
         );
         let mask6: Addr6 = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:0"
-            .parse::<std::net::Ipv6Addr>()
+            .parse::<Ipv6Addr>()
             .unwrap()
             .into();
         assert_eq!(config.service_mask6, mask6);

@@ -434,14 +434,11 @@ impl Udp {
         let fd = self.socket.as_raw_fd();
         let message = recvmsg::<SockaddrStorage>(fd, &mut parts, Some(&mut space), flags)?;
         for control in message.cmsgs()? {
-            match control {
-                ControlMessageOwned::Ipv4RecvErr(_, Some(from)) => {
-                    return Ok(Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr)).into());
-                }
-                ControlMessageOwned::Ipv6RecvErr(_, Some(from)) => {
-                    return Ok(Ipv6Addr::from(from.sin6_addr.s6_addr).into());
-                }
-                _ => {}
+            if let ControlMessageOwned::Ipv4RecvErr(_, Some(from)) = control {
+                return Ok(Ipv4Addr::from(u32::from_be(from.sin_addr.s_addr)).into());
+            }
+            if let ControlMessageOwned::Ipv6RecvErr(_, Some(from)) = control {
+                return Ok(Ipv6Addr::from(from.sin6_addr.s6_addr).into());
             }
         }
         bail!("an error that nobody sent")

@@ -21,7 +21,7 @@ const SMALL: &str = "1280";
 fn lab() -> Lab {
     let lab = cluster::lab();
     // Hosts would send one error a second.
-    let pods = lab.pods().map(|pod| pod.ns());
+    let pods = lab.pods().map(svc_lb_tests::lab::Pod::ns);
     for host in pods.chain([lab.node_a(), lab.node_b(), lab.router()]) {
         host.sysctl("net.ipv4.icmp_ratelimit", "0").unwrap();
         host.sysctl("net.ipv6.icmp.ratelimit", "0").unwrap();
@@ -118,7 +118,7 @@ fn connections_learn_the_size_of_their_path() {
     let lab = lab();
     let _servers = serve_all(&lab);
     let (node_a, node_b) = (lab.node_a(), lab.node_b());
-    let pods = lab.pods().map(|pod| pod.ns());
+    let pods = lab.pods().map(svc_lb_tests::lab::Pod::ns);
     let hosts: Vec<_> = pods.chain([lab.client(0).ns(), node_a, node_b]).collect();
     for family in Family::BOTH {
         for (router, name) in [(node_a, "r1"), (node_b, "far")] {

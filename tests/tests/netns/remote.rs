@@ -150,10 +150,10 @@ fn cluster_ips_are_reached_where_they_are_routed() {
 /// operator reserved before is reserved afterwards, and nothing else.
 #[test]
 fn ports_of_translated_sources_are_reserved_until_detach() {
+    const LIST: &str = "net.ipv4.ip_local_reserved_ports";
     if !privileged() {
         return;
     }
-    const LIST: &str = "net.ipv4.ip_local_reserved_ports";
     let lab = Lab::builder().build().unwrap();
     let node = lab.node_a();
     node.sysctl(LIST, "8080,61500-62000").unwrap();

@@ -100,7 +100,7 @@ fn with_bits(bits: u32) -> Setup {
 /// A Local policy without a local endpoint, while others exist: silence, or a reject where told (SEMANTICS C3, C6).
 #[test]
 fn no_local_endpoint() {
-    let w = world(svc_lb_common::Family::V4);
+    let w = world(Family::V4);
     let local_only = || DesiredPort {
         internal_local: true,
         external_local: true,

@@ -121,22 +121,22 @@ impl Scrape {
             flow_maps().map(|map| ([map.name.clone()], map.evicted)),
         );
         let collected = flow_maps().flat_map(|map| {
-            let states = map.collected.iter();
-            states.map(|(state, count)| ([map.name.clone(), state.clone()], *count))
+            let of_map = map.collected.iter();
+            of_map.map(|(state, count)| ([map.name.clone(), state.clone()], *count))
         });
         self.counters(&super::COLLECTED, collected);
     }
 
     fn agent(&mut self, status: &Status) {
         let services = &status.services;
-        let states = [
+        let numbers = [
             ("known", services.known),
             ("programmed", services.programmed),
             ("not_programmed", services.not_programmed.len()),
         ];
         self.gauges(
             &super::SERVICES,
-            states.map(|(state, count)| ([state.to_owned()], float(count as u64))),
+            numbers.map(|(state, count)| ([state.to_owned()], float(count as u64))),
         );
         let one = |value| [([], value)];
         self.gauges(&super::SERVICE_PORTS, one(float(services.ports as u64)));
