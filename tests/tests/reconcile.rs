@@ -392,6 +392,10 @@ fn so_they_do_when_writes_fail() {
 const DAMAGES: usize = 13;
 
 /// Writes to a map what nobody wanted; the map's name, or none where there is nothing to damage.
+#[expect(
+    clippy::indexing_slicing,
+    reason = "one arm for each kind of damage, of which there are as many as the caller draws from"
+)]
 fn damage(kind: usize, maps: &mut impl Dataplane, before: &Snapshot) -> Option<&'static str> {
     let [frontends4, frontends6] = name::FRONTENDS;
     let [backends4, backends6] = name::BACKENDS;
@@ -478,18 +482,15 @@ fn damage(kind: usize, maps: &mut impl Dataplane, before: &Snapshot) -> Option<&
             Some([backends4, backends6][kind - 10])
         }
         _ => {
-            let range = match before.source_ranges.first() {
-                Some(range) => {
-                    maps.delete_source_ranges(range.family(), &[*range])
-                        .unwrap();
-                    *range
-                }
-                None => {
-                    let net = IpNet::new(ip(Family::V6, 5, 5), 128).unwrap();
-                    let range = SourceRange { service: 3, net };
-                    maps.put_source_ranges(Family::V6, &[range]).unwrap();
-                    range
-                }
+            let range = if let Some(range) = before.source_ranges.first() {
+                maps.delete_source_ranges(range.family(), &[*range])
+                    .unwrap();
+                *range
+            } else {
+                let net = IpNet::new(ip(Family::V6, 5, 5), 128).unwrap();
+                let range = SourceRange { service: 3, net };
+                maps.put_source_ranges(Family::V6, &[range]).unwrap();
+                range
             };
             Some(name::SOURCE_RANGES[usize::from(range.family() == Family::V6)])
         }

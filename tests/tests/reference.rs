@@ -72,7 +72,11 @@ fn the_programs_do_what_the_reference_does() {
             | Event::SocketLeft
             | Event::SocketMoved
             | Event::SocketForgotten => 0,
-            _ => LEAST,
+            Event::PortTranslated
+            | Event::Promoted
+            | Event::Moved
+            | Event::Clash
+            | Event::Mended => LEAST,
         };
         assert!(met >= least, "{}: met {met} times", event.name());
     }
