@@ -56,7 +56,15 @@ const ADVICE: &[(&[Outcome], &str)] = &[
     ),
     (
         &[Outcome::Fragment],
-        "Lower the clients' MTU or datagram size.",
+        "Fragments come out of order, or their first was dropped: look at the other outcomes of its sender; smaller datagrams need no fragments.",
+    ),
+    (
+        &[Outcome::FragmentToStack],
+        "Nothing: the stack puts together what is the node's own.",
+    ),
+    (
+        &[Outcome::FragmentSctp],
+        "Let port and targetPort of the SCTP Service be the same, or lower the MTU of its clients' associations.",
     ),
     (
         &[Outcome::PortsExhausted],
@@ -133,6 +141,26 @@ const EVENTS: &[(Event, &str)] = &[
     (
         Event::Mended,
         "A flow's entry was made again after it had been evicted. In number: the flow maps are full, enlarge them.",
+    ),
+    (
+        Event::SocketTranslated,
+        "A socket was given a backend: its packets meet no program that translates. Nothing to do.",
+    ),
+    (
+        Event::SocketRefused,
+        "A socket was refused as nothing serves there: look at the Service's endpoints, as for `rejected`.",
+    ),
+    (
+        Event::SocketLeft,
+        "A socket was left to the packet path: affinity or source ranges need the client's address, or silence is right. Nothing to do.",
+    ),
+    (
+        Event::SocketMoved,
+        "A UDP socket's datagrams moved because their backend no longer serves. Nothing to do.",
+    ),
+    (
+        Event::SocketForgotten,
+        "There was no memory to remember a socket, which the packet path serves instead: enlarge the map `sockets4` or `sockets6`.",
     ),
 ];
 
