@@ -26,16 +26,15 @@ fn nobody_there() {
                     .frontend(FrontendKind::LoadBalancer, w.balancer),
             );
             for frontend in [w.vip, w.node, w.balancer] {
-                for (length, tags) in [(0, 0), (1, 1), (900, 2)] {
+                for (length, extended) in [(0, false), (1, true), (900, true)] {
                     let mut frame = match protocol {
                         Protocol::Tcp => Frame::tcp(w.client, frontend, SYN),
                         Protocol::Udp | Protocol::Sctp => Frame::udp(w.client, frontend),
                     };
                     frame.payload = vec![0x77; length];
-                    frame.tags = vec![(0x8100, 5); tags];
                     match w.family {
                         Family::V4 => frame.options = vec![1; length.min(40) / 4 * 4],
-                        Family::V6 if tags > 0 => {
+                        Family::V6 if extended => {
                             frame.extensions = vec![
                                 (next::HOP_BY_HOP, vec![1; 6]),
                                 (next::DESTINATION, vec![1; 14]),
@@ -299,17 +298,16 @@ fn segments_of_a_vanished_pod(bench: &mut Bench, w: &World, on: bool) {
             goes_on(bench, &segment);
             continue;
         }
-        for (flags, length, tags) in [
-            (ACK, 0, 0),
-            (ACK | PSH, 1, 0),
-            (FIN | ACK, 900, 1),
-            (FIN, 7, 0),
-            (PSH, 8, 2),
-            (SYN | ACK, 0, 0),
+        for (flags, length) in [
+            (ACK, 0),
+            (ACK | PSH, 1),
+            (FIN | ACK, 900),
+            (FIN, 7),
+            (PSH, 8),
+            (SYN | ACK, 0),
         ] {
             segment = segment.with_flags(flags);
             segment.payload = vec![0x77; length];
-            segment.tags = vec![(0x8100, 5); tags];
             for options in [0, 8] {
                 match w.family {
                     Family::V4 => segment.options = vec![1; options],
