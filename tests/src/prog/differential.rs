@@ -251,7 +251,15 @@ impl Round {
             answer.verdict,
             answer.bytes.as_deref(),
         );
-        if let (Some((number, of)), Some(bytes)) = (packet.piece, &answer.bytes) {
+        // What its sender is told in its place is no part of the datagram.
+        let told = [
+            Outcome::Rejected,
+            Outcome::TooBig,
+            Outcome::TimeExceeded,
+            Outcome::Reset,
+        ]
+        .contains(&answer.outcome);
+        if let (Some((number, of)), Some(bytes), false) = (packet.piece, &answer.bytes, told) {
             self.part(number, of, bytes, report)?;
         }
         let bytes_differ = answer.bytes.as_ref().is_some_and(|bytes| *bytes != out);
