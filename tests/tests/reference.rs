@@ -40,7 +40,7 @@ fn the_programs_do_what_the_reference_does() {
     });
     let plan = Plan {
         seed,
-        rounds: if chosen.is_some() { 1 } else { 10 },
+        rounds: if chosen.is_some() { 1 } else { 16 },
         packets: 24_000,
         count_each: chosen.is_some(),
     };

@@ -251,7 +251,7 @@ impl Round {
             answer.verdict,
             answer.bytes.as_deref(),
         );
-        // What its sender is told in its place is no part of the datagram.
+        // What its sender is told in its place is no part of the datagram; what is left alone is not ours to keep right.
         let told = [
             Outcome::Rejected,
             Outcome::TooBig,
@@ -259,7 +259,11 @@ impl Round {
             Outcome::Reset,
         ]
         .contains(&answer.outcome);
-        if let (Some((number, of)), Some(bytes), false) = (packet.piece, &answer.bytes, told) {
+        let changed = answer
+            .bytes
+            .as_ref()
+            .filter(|bytes| **bytes != packet.bytes && !told);
+        if let (Some((number, of)), Some(bytes)) = (packet.piece, changed) {
             self.part(number, of, bytes, report)?;
         }
         let bytes_differ = answer.bytes.as_ref().is_some_and(|bytes| *bytes != out);
