@@ -73,6 +73,7 @@ fn map_infos(sizes: Sizes) -> BTreeMap<&'static str, MapInfo> {
     let [frontends4, frontends6] = name::FRONTENDS;
     let [backends4, backends6] = name::BACKENDS;
     let [ranges4, ranges6] = name::SOURCE_RANGES;
+    let [hits4, hits6] = name::SOCKET_HITS;
     let [opening4, opening6] = name::OPENING;
     let [established4, established6] = name::ESTABLISHED;
     let [streams4, streams6] = name::STREAMS;
@@ -119,6 +120,8 @@ fn map_infos(sizes: Sizes) -> BTreeMap<&'static str, MapInfo> {
             ranges6,
             info::<SourceRangeKey<Addr6>, u32>(LPM_TRIE, sizes.source_ranges.v6, NO_PREALLOC),
         ),
+        (hits4, info::<u32, u64>(ARRAY, sizes.backends.v4, MMAPABLE)),
+        (hits6, info::<u32, u64>(ARRAY, sizes.backends.v6, MMAPABLE)),
         (opening4, flows4),
         (opening6, flows6),
         (established4, flows4),
