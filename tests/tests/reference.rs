@@ -16,6 +16,10 @@ use svc_lb_tests::prog::rig::{self, Count};
 const LEAST: u64 = 100;
 /// How many ICMP messages about flows a run must have.
 const ICMP_MESSAGES: u64 = 20_000;
+/// How many fragments a run must have.
+const FRAGMENTS: u64 = 20_000;
+/// How many datagrams must have been translated in parts and put together: half of what runs have.
+const DATAGRAMS: usize = 300;
 /// No memory, a kernel that refuses, an interface without addresses: nothing a packet can bring about.
 const OUT_OF_REACH: [Outcome; 3] = [
     Outcome::FlowInsert,
@@ -52,7 +56,13 @@ fn the_programs_do_what_the_reference_does() {
         return;
     }
     println!("{} ICMP messages about flows", report.messages);
+    println!(
+        "{} fragments, {} datagrams put together",
+        report.fragments, report.datagrams
+    );
     assert!(report.messages >= ICMP_MESSAGES, "{}", report.messages);
+    assert!(report.fragments >= FRAGMENTS, "{}", report.fragments);
+    assert!(report.datagrams >= DATAGRAMS, "{}", report.datagrams);
     for outcome in Outcome::ALL {
         let met = met(&report, *outcome);
         let least = if OUT_OF_REACH.contains(outcome) {

@@ -42,6 +42,8 @@ pub struct Report {
     pub packets: usize,
     /// ICMP messages about flows among them.
     pub messages: u64,
+    /// Fragments among them.
+    pub fragments: u64,
     /// Fragmented datagrams whose parts all went the same way: put together, they had the right checksum.
     pub datagrams: usize,
     /// How often each outcome and event was counted; "not ours" too, which the programs do not count.
@@ -129,6 +131,7 @@ impl Round {
         self.rig.check_tallies()?;
         report.packets += plan.packets;
         report.messages += self.traffic.messages;
+        report.fragments += self.traffic.fragments;
         report.times[2] += started.elapsed();
         for (count, number) in self.expected.iter() {
             report.coverage.add(count, number);

@@ -34,7 +34,7 @@ pub struct Packet {
     pub bytes: Vec<u8>,
     /// What it was before it was damaged; an exchange goes on only from what was not.
     frame: Option<Frame>,
-    /// Of a part of a datagram: which one of all, and of how many parts.
+    /// Of a part of a datagram all of whose parts are sent, and no others: which one of all, and of how many parts.
     pub piece: Option<(u64, usize)>,
 }
 
@@ -45,6 +45,8 @@ pub struct Traffic {
     exchanges: Vec<Exchange>,
     /// ICMP messages that were made.
     pub messages: u64,
+    /// Fragments that were made.
+    pub fragments: u64,
     /// Parts of datagrams that are on their way.
     pieces: VecDeque<Packet>,
     /// How many datagrams were cut.
@@ -287,6 +289,7 @@ impl Traffic {
             network,
             exchanges: Vec::new(),
             messages: 0,
+            fragments: 0,
             pieces: VecDeque::new(),
             cut: 0,
         }
@@ -346,6 +349,8 @@ impl Traffic {
         // Few, so that they are used again.
         let id = 1 + rng.u32(..3);
         let mut pieces = frame.pieces(id, &cuts);
+        let parts = pieces.len();
+        let mut complete = true;
         if rng.u8(..8) == 0 {
             // One that overlaps all others, or is a first one again.
             let part = Part {
@@ -361,6 +366,7 @@ impl Traffic {
                 ..frame
             };
             pieces.push(overlapping.to_bytes());
+            complete = false;
         }
         match rng.u8(..8) {
             0 => rng.shuffle(&mut pieces),
@@ -368,11 +374,14 @@ impl Traffic {
             2 => {
                 let lost = rng.usize(..pieces.len());
                 pieces.remove(lost);
+                complete = false;
             }
             _ => {}
         }
         self.cut += 1;
-        let piece = Some((self.cut, pieces.len()));
+        self.fragments += pieces.len() as u64;
+        // One part may close the gap that another has left: that is no datagram.
+        let piece = complete.then_some((self.cut, parts));
         self.pieces.extend(pieces.into_iter().map(|bytes| Packet {
             bytes,
             frame: None,
