@@ -70,7 +70,7 @@ const SIZES: [(&str, u32); 19] = [
     (name::SOCKET_HITS[1], 512),
     (name::GUARD, 256),
     (name::SERVICES, 64),
-    (name::SLOTS, 1_024),
+    (name::SLOTS, 4_096),
     (name::EDGES, 16),
     (name::LINKS, 16),
     (name::FRONTENDS[0], 256),
